@@ -96,7 +96,7 @@ def train_bpe(word_counts, size, progress=lambda done: None):
 
 
 def merge(ids, pair, new):
-    """Troca cada ocorrência do par pelo token novo: merge([1, 2, 3, 1, 2], (1, 2), 9) -> [9, 3, 9]."""
+    """Troca cada ocorrência do par pelo token novo: merge([1, 2, 3, 1], (1, 2), 9) -> [9, 3, 1]."""
     result, i = [], 0
     while i < len(ids):
         if ids[i] == pair[0] and i + 1 < len(ids) and ids[i + 1] == pair[1]:
@@ -133,12 +133,12 @@ def build_encoding(tokenizer):
 def gpt2_ranks():
     """O vocabulário do GPT-2 (50.256 tokens, aprendidos em inglês), baixado pelo tiktoken."""
     try:
-        return dict(sorted(tiktoken.get_encoding("gpt2")._mergeable_ranks.items(), key=lambda item: item[1]))
+        encoding = tiktoken.get_encoding("gpt2")
     except OSError as error:  # sem rede
         raise SystemExit(
-            f"Não consegui baixar o vocabulário do GPT-2 ({type(error).__name__}). Sem rede, use o "
-            "vocabulário próprio (--tokenizer bpe), ou aponte TIKTOKEN_CACHE_DIR para uma pasta que o tenha."
-        )
+            f"Não consegui baixar o vocabulário do GPT-2 ({type(error).__name__}). Use o próprio "
+            "(--tokenizer bpe), ou aponte TIKTOKEN_CACHE_DIR para uma pasta que já o tenha.")
+    return {encoding.decode_single_token_bytes(i): i for i in range(encoding.eot_token)}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -270,7 +270,8 @@ def write_tokens(files, documents, encoding):
     documents = iter(documents)
     while batch := list(islice(documents, 200)):  # o tiktoken reparte cada lote entre os núcleos
         # encode_ordinary: um "<|endoftext|>" no meio do texto é texto, não o token especial
-        encoded = encoding.encode_ordinary_batch([text for _, text in batch], num_threads=os.cpu_count())
+        texts = [text for _, text in batch]
+        encoded = encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
         for (part, text), ids in zip(batch, encoded):
             data = np.array([*ids, encoding.eot_token], dtype="<u2").tobytes()
             files[part].write(data)
@@ -350,7 +351,7 @@ def suggest(name, names):
 def show_progress(text, end="", plain=False):
     """Escreve uma linha que muda no lugar, num terminal; num arquivo, linhas inteiras se plain."""
     if sys.stdout.isatty():
-        print(f"\r{text:<79}", end=end, flush=True)
+        print(f"\r{text[:79]:<79}", end=end, flush=True)
     elif plain:
         print(text, flush=True)
 
@@ -371,19 +372,20 @@ def run(main):
 # ------------------------------------------------------------------------------------------------
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(
         description="Transforma textos em tokens, na pasta data/NOME/.", allow_abbrev=False)
     add = parser.add_argument
     add("--input", nargs="+", metavar="CAMINHO",
-        help="arquivos de texto em UTF-8, ou pastas deles (.txt); sem isto, as histórias do projeto")
+        help="arquivos de texto em UTF-8, ou pastas de .txt; sem isto, as histórias do projeto")
     add("--name", metavar="NOME", help="o nome do conjunto; sem isto, o do primeiro --input")
-    add("--vocab_size", type=int, default=4096, metavar="N", help="quantos tokens aprender (%(default)s)")
+    add("--vocab_size", type=int, default=4096, metavar="N",
+        help="quantos tokens tem o vocabulário [%(default)s]")
     add("--val_fraction", type=float, default=0.05, metavar="F",
-        help="a fração do texto que fica para a validação (%(default)s)")
+        help="a fração do texto que fica para a validação [%(default)s]")
     add("--tokenizer", choices=["bpe", "gpt2"], default="bpe",
         help="bpe: um vocabulário aprendido neste texto; gpt2: o do GPT-2, aprendido em inglês")
-    options = parse_arguments(parser)
+    options = parse_arguments(parser, arguments)
     inputs = options.input or [CORPUS]
     name = options.name or Path(inputs[0]).resolve().stem
     folder = Path("data", name)
@@ -405,7 +407,8 @@ def main():
         size = options.vocab_size - 1  # o último lugar é do <|endoftext|>
         ranks = train_bpe(counts, size, lambda n: show_progress(f"{n} de {size} tokens aprendidos"))
         if len(ranks) < size:
-            print(f"O texto é pequeno: só rendeu {len(ranks) + 1} tokens dos {options.vocab_size} pedidos.")
+            print(f"O texto é pequeno: só rendeu {len(ranks) + 1} tokens, "
+                  f"e não os {options.vocab_size} pedidos.")
     tokenizer = make_tokenizer(options.tokenizer, ranks)
     encoding = build_encoding(tokenizer)
 
@@ -426,10 +429,10 @@ def check_options(options, folder):
     """Confere as opções antes de qualquer trabalho; o que não serve encerra com mensagem."""
     if not 257 <= options.vocab_size <= 65_536:
         raise SystemExit(
-            f"--vocab_size {options.vocab_size} não serve: use de 257 (os 256 bytes e o {END_OF_TEXT}) "
-            "a 65536 (cada token ocupa 2 bytes).")
+            f"--vocab_size {options.vocab_size} não serve: use de 257 (os 256 bytes e o "
+            f"{END_OF_TEXT}) a 65536 (cada token ocupa 2 bytes).")
     if not 0 < options.val_fraction < 1:
-        raise SystemExit(f"--val_fraction {options.val_fraction} não serve: use um número entre 0 e 1.")
+        raise SystemExit(f"--val_fraction {options.val_fraction} não serve: use algo entre 0 e 1.")
     if folder.parent != Path("data") or folder.name.startswith("."):
         raise SystemExit(f"--name {options.name!r} não serve: use um nome simples, sem barras.")
 
@@ -438,12 +441,13 @@ def report(folder, splits, encoding, example):
     """Mostra o que foi feito: os números, os tokens mais longos e uma frase cortada em tokens."""
     train, val = splits["train"], splits["val"]
     total = {key: train[key] + val[key] for key in ("documents", "characters", "bytes", "tokens")}
-    vocabulary = [encoding.decode_single_token_bytes(i).decode(errors="backslashreplace")
-                  for i in range(encoding.eot_token)]
-    longest = sorted(vocabulary, key=len, reverse=True)[:8]
+    tokens = [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
+    tokens = [token.decode(errors="backslashreplace").replace("\n", "↵") for token in tokens]
+    longest = sorted(tokens, key=len, reverse=True)[:8]
     start = example[:60].rpartition(" ")[0] or example[:60]
-    cut = [vocabulary[i] for i in encoding.encode_ordinary(start)]
-    dataset = "" if folder.name == "contos" else f" --dataset={folder.name} --out_dir=out/{folder.name}"
+    cut = [tokens[i] for i in encoding.encode_ordinary(start)]
+    name = folder.name
+    options = "" if name == "contos" else f" --dataset={name} --out_dir=out/{name}"
     show_progress("", end="\r")
     print(f"""\
 documentos       {group(total["documents"])} ({group(val["documents"])} ficam para a validação)
@@ -454,7 +458,7 @@ os mais longos   {"|".join(longest)}
 um exemplo       {"|".join(cut)}
 
 Pronto: {folder}/ tem train.bin, val.bin, vocab.tiktoken e meta.json. Agora treine:
-    python train.py config/tiny.py{dataset}""")
+    python train.py config/tiny.py{options}""")
 
 
 def group(number):

@@ -9,21 +9,36 @@ import numpy as np
 import pytest
 import regex
 import tiktoken
-from conftest import ROOT, assert_short_error, run_script
+from conftest import ROOT, assert_short_error, run_main, run_script
 from tiktoken.load import load_tiktoken_bpe
 
 import prepare
 from prepare import END_OF_TEXT, PATTERN, build_encoding, make_tokenizer, merge, train_bpe
 
 STORIES = (ROOT / "data" / "contos.txt").read_text(encoding="utf-8")[:100_000]
-NASTY = ["", " ", "\n\n\n", "\t  x", "ação, coração, não", "🐱👩‍👩‍👧 e ñ ß 漢字", "a" * 500, "\x00\x7f",
-         f"no meio {END_OF_TEXT} da linha", "don't they'll", "  dois  espaços  ", "١٢٣ ½ ¼", "\u2028 \u00a0"]
+NASTY = [
+    "",
+    " ",
+    "\n\n\n",
+    "\t  x",
+    "ação, coração, não",
+    "🐱👩‍👩‍👧 e ñ ß 漢字",
+    "a" * 500,
+    "\x00\x7f",
+    f"no meio {END_OF_TEXT} da linha",
+    "don't they'll",
+    "  dois  espaços  ",
+    "١٢٣ ½ ¼",
+    "\u2028 \u00a0",
+]
 
 
 def prepared(folder):
     """O que prepare.py gravou: os tokens de cada parte, meta.json e o Encoding."""
     meta, tokenizer = prepare.read_meta(Path(folder))
-    tokens = {part: np.fromfile(Path(folder, f"{part}.bin"), dtype="<u2") for part in ("train", "val")}
+    tokens = {
+        part: np.fromfile(Path(folder, f"{part}.bin"), dtype="<u2") for part in ("train", "val")
+    }
     return tokens, meta, build_encoding(tokenizer)
 
 
@@ -129,7 +144,11 @@ def test_meta_describes_the_files(toy_data):
         assert split["bytes"] == len(encoding.decode(ids[ids != 399]).encode())
         assert split["documents"] == (ids == 399).sum()
     assert {file.name for file in folder.iterdir()} == {
-        "train.bin", "val.bin", "vocab.tiktoken", "meta.json"}
+        "train.bin",
+        "val.bin",
+        "vocab.tiktoken",
+        "meta.json",
+    }
 
 
 def test_vocabulary_is_in_tiktokens_format(toy_data, monkeypatch):
@@ -148,31 +167,39 @@ def test_every_document_arrives_whole(toy_data):
 
 def test_same_text_same_bytes(toy_data, tmp_path):
     text = (toy_data / "contos.txt").read_bytes()
-    (tmp_path / "contos.txt").write_bytes(b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n"))  # do Windows
+    (tmp_path / "contos.txt").write_bytes(
+        b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n")
+    )  # do Windows
     for _ in range(2):
-        run_script("prepare.py", "--input", "contos.txt", "--vocab_size=400", cwd=tmp_path)
+        run_main("prepare.py", "--input", "contos.txt", "--vocab_size=400", cwd=tmp_path)
         for file in (toy_data / "data" / "contos").iterdir():
             assert (tmp_path / "data" / "contos" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_separator_inside_a_line_is_text(tmp_path):
     (tmp_path / "a.txt").write_text(f"um {END_OF_TEXT} dois\n" * 100, encoding="utf-8")
-    run_script("prepare.py", "--input", "a.txt", cwd=tmp_path)
+    run_main("prepare.py", "--input", "a.txt", cwd=tmp_path)
     tokens, _, encoding = prepared(tmp_path / "data" / "a")
     assert (tokens["train"] == encoding.eot_token).sum() == 1
     assert encoding.decode(tokens["train"][:-1]).count(END_OF_TEXT) > 50
 
 
 def test_validation_does_not_shape_the_vocabulary(tmp_path):
-    stories = [f"{word} " * 60 for word in ("gato", "pato", "rato", "mato", "fato", "jato", "tato", "nato")]
+    stories = [
+        f"{word} " * 60 for word in ("gato", "pato", "rato", "mato", "fato", "jato", "tato", "nato")
+    ]
     for name, extra in (("a", "zwzwzw" * 50), ("b", "kyqkyq" * 50)):
         # procura um documento que o hash ponha na validação
         while prepare.content_hash(extra) >= 0.2 * 2**64:
             extra += "!"
-        (tmp_path / f"{name}.txt").write_text(f"\n{END_OF_TEXT}\n".join([*stories, extra]), encoding="utf-8")
-        run_script("prepare.py", "--input", f"{name}.txt", "--val_fraction=0.2", cwd=tmp_path)
+        (tmp_path / f"{name}.txt").write_text(
+            f"\n{END_OF_TEXT}\n".join([*stories, extra]), encoding="utf-8"
+        )
+        run_main("prepare.py", "--input", f"{name}.txt", "--val_fraction=0.2", cwd=tmp_path)
         assert extra in documents(tmp_path / "data" / name)["val"]
-    assert (tmp_path / "data/a/vocab.tiktoken").read_bytes() == (tmp_path / "data/b/vocab.tiktoken").read_bytes()
+    assert (tmp_path / "data/a/vocab.tiktoken").read_bytes() == (
+        tmp_path / "data/b/vocab.tiktoken"
+    ).read_bytes()
 
 
 def split(stories, val_fraction=0.1):
@@ -204,7 +231,7 @@ def test_no_side_stays_empty(val_fraction):
 def test_single_document_is_cut_near_its_end_at_a_paragraph(tmp_path):
     paragraphs = [f"Parágrafo {i}. " + "Palavras e mais palavras. " * 5 for i in range(100)]
     (tmp_path / "livro.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
-    run_script("prepare.py", "--input", "livro.txt", "--val_fraction=0.1", cwd=tmp_path)
+    run_main("prepare.py", "--input", "livro.txt", "--val_fraction=0.1", cwd=tmp_path)
     texts = documents(tmp_path / "data" / "livro")
     (train,), (val,) = texts["train"], texts["val"]
     assert f"{train}\n\n{val}" == "\n\n".join(paragraphs)
@@ -231,21 +258,27 @@ def test_folder_of_texts(tmp_path):
     for name in ("b.txt", "sub/a.txt", "imagem.png"):
         (tmp_path / "textos" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "textos" / name).write_text(f"Conteúdo de {name}. " * 50, encoding="utf-8")
-    run_script("prepare.py", "--input", "textos", "--name=meus", cwd=tmp_path)
+    run_main("prepare.py", "--input", "textos", "--name=meus", cwd=tmp_path)
     _, meta, _ = prepared(tmp_path / "data" / "meus")
     assert meta["source"] == ["b.txt", "a.txt"]
 
 
 def test_report_shows_what_a_learner_wants(tmp_path):
-    output = run_script("prepare.py", cwd=tmp_path).stdout
-    for words in ("documentos       2 510", "4 096", "bytes por token", "Tomé| subiu", "data/contos",
-                  "python train.py config/tiny.py"):
+    output = run_main("prepare.py", cwd=tmp_path).stdout
+    for words in (
+        "documentos       2 510",
+        "4 096",
+        "bytes por token",
+        "Tomé| subiu",
+        "data/contos",
+        "python train.py config/tiny.py",
+    ):
         assert words in output
 
 
 def test_small_text_says_that_the_vocabulary_is_smaller(tmp_path):
     (tmp_path / "a.txt").write_text("o gato e o pato " * 100, encoding="utf-8")
-    output = run_script("prepare.py", "--input", "a.txt", cwd=tmp_path).stdout
+    output = run_main("prepare.py", "--input", "a.txt", cwd=tmp_path).stdout
     _, meta, _ = prepared(tmp_path / "data" / "a")
     assert f"só rendeu {meta['tokenizer']['vocab_size']} tokens" in output
 
@@ -282,8 +315,14 @@ def tiktoken_cache(tmp_path):
 
 def test_gpt2_vocabulary(tmp_path, tiktoken_cache, monkeypatch):
     (tmp_path / "contos.txt").write_text(STORIES, encoding="utf-8")
-    run_script("prepare.py", "--input", "contos.txt", "--tokenizer=gpt2", cwd=tmp_path,
-               TIKTOKEN_CACHE_DIR=tiktoken_cache)
+    run_script(
+        "prepare.py",
+        "--input",
+        "contos.txt",
+        "--tokenizer=gpt2",
+        cwd=tmp_path,
+        TIKTOKEN_CACHE_DIR=tiktoken_cache,
+    )
     tokens, meta, encoding = prepared(tmp_path / "data" / "contos")
     assert meta["tokenizer"]["vocab_size"] == 50257
     assert tokens["train"][-1] == 50256
@@ -295,8 +334,16 @@ def test_gpt2_vocabulary(tmp_path, tiktoken_cache, monkeypatch):
 
 def test_gpt2_vocabulary_without_network(tmp_path):
     (tmp_path / "contos.txt").write_text(STORIES, encoding="utf-8")
-    result = run_script("prepare.py", "--input", "contos.txt", "--tokenizer=gpt2", cwd=tmp_path, check=False,
-                        TIKTOKEN_CACHE_DIR=str(tmp_path / "vazia"), HTTPS_PROXY="http://127.0.0.1:9")
+    result = run_script(
+        "prepare.py",
+        "--input",
+        "contos.txt",
+        "--tokenizer=gpt2",
+        cwd=tmp_path,
+        check=False,
+        TIKTOKEN_CACHE_DIR=str(tmp_path / "vazia"),
+        HTTPS_PROXY="http://127.0.0.1:9",
+    )
     assert_short_error(result, "GPT-2", "TIKTOKEN_CACHE_DIR", "--tokenizer bpe")
 
 
@@ -304,48 +351,56 @@ def test_gpt2_vocabulary_without_network(tmp_path):
 # Os erros de quem usa
 
 
-@pytest.mark.parametrize("content, words", [
-    (b"", ["0 caracteres"]),
-    (b"\n\n \n", ["caracteres"]),
-    (b"oi", ["2 caracteres", "1000"]),
-    ("coração ".encode() * 500 + b"\xe3o", ["texto.txt", "UTF-8", 5000]),
-    ("linha\n".encode() * 500 + "ação".encode("cp1252"), ["texto.txt", "UTF-8", 3001]),
-])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"", ["0 caracteres"]),
+        (b"\n\n \n", ["caracteres"]),
+        (b"oi", ["2 caracteres", "1000"]),
+        ("coração ".encode() * 500 + b"\xe3o", ["texto.txt", "UTF-8", 5000]),
+        ("linha\n".encode() * 500 + "ação".encode("cp1252"), ["texto.txt", "UTF-8", 3001]),
+    ],
+)
 def test_bad_text(content, words, tmp_path):
     (tmp_path / "texto.txt").write_bytes(content)
-    result = run_script("prepare.py", "--input", "texto.txt", cwd=tmp_path, check=False)
+    result = run_main("prepare.py", "--input", "texto.txt", cwd=tmp_path, check=False)
     assert_short_error(result, *words)
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--vocab_size=65537"], ["65537", "65536"]),
-    (["--vocab_size=256"], ["256", "257"]),
-    (["--val_fraction=0"], ["--val_fraction"]),
-    (["--val_fraction=1.5"], ["--val_fraction"]),
-    (["--name=../fora"], ["--name"]),
-    (["--input", "nada.txt"], ["nada.txt"]),
-    (["--input", "."], [".txt"]),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--vocab_size=65537"], ["65537", "65536"]),
+        (["--vocab_size=256"], ["256", "257"]),
+        (["--val_fraction=0"], ["--val_fraction"]),
+        (["--val_fraction=1.5"], ["--val_fraction"]),
+        (["--name=../fora"], ["--name"]),
+        (["--input", "nada.txt"], ["nada.txt"]),
+        (["--input", "."], [".txt"]),
+    ],
+)
 def test_bad_options(arguments, words, tmp_path):
-    assert_short_error(run_script("prepare.py", *arguments, cwd=tmp_path, check=False), *words)
+    assert_short_error(run_main("prepare.py", *arguments, cwd=tmp_path, check=False), *words)
 
 
 def test_unknown_option_suggests_the_nearest(tmp_path):
-    result = run_script("prepare.py", "--vocabsize=300", cwd=tmp_path, check=False)
+    result = run_main("prepare.py", "--vocabsize=300", cwd=tmp_path, check=False)
     assert_short_error(result, "erro:", "--vocabsize", "Seria vocab_size?", code=2)
-    result = run_script("prepare.py", "--tokenizer=bep", cwd=tmp_path, check=False)
+    result = run_main("prepare.py", "--tokenizer=bep", cwd=tmp_path, check=False)
     assert_short_error(result, "'bep' não existe", code=2)
 
 
 def test_a_failed_run_keeps_the_old_data(workdir):
     before = {file: file.read_bytes() for file in (workdir / "data" / "contos").iterdir()}
     (workdir / "ruim.txt").write_bytes(b"bom\n" * 1000 + b"\xff")
-    assert_short_error(run_script("prepare.py", "--input", "ruim.txt", "--name=contos", cwd=workdir, check=False))
+    assert_short_error(
+        run_main("prepare.py", "--input", "ruim.txt", "--name=contos", cwd=workdir, check=False)
+    )
     assert before == {file: file.read_bytes() for file in (workdir / "data" / "contos").iterdir()}
 
 
 def test_help_is_in_portuguese(tmp_path):
-    output = run_script("prepare.py", "--help", cwd=tmp_path).stdout
+    output = run_main("prepare.py", "--help", cwd=tmp_path).stdout
     assert "uso:" in output and "opções:" in output and "mostra esta ajuda" in output
     assert "usage" not in output and "show this" not in output

@@ -1,0 +1,362 @@
+"""A receita do GPT-2: o modelo inteiro, de números de tokens ao palpite do próximo token.
+
+É o passo 4 do *LLM do Zero*. Um modelo de linguagem faz uma só coisa: lê uma sequência de tokens e
+dá, para cada posição, uma nota a cada token do vocabulário como candidato a ser o próximo. Tudo o
+mais (conversar, contar histórias) nasce de repetir esse palpite. O caminho de um texto por dentro:
+
+    números dos tokens ─► embeddings ─► bloco 1 ─► ... ─► bloco L ─► notas do próximo token
+                                           │
+              cada bloco: atenção (os tokens conversam) e MLP (cada token pensa sozinho)
+
+As letras nos comentários, sempre na ordem em que os eixos aparecem nos tensores:
+
+    B   batch: quantas sequências andam juntas
+    T   tempo: quantos tokens tem cada sequência, no máximo block_size
+    C   canais: o tamanho do vetor que representa um token (n_embd)
+    nh  quantas cabeças de atenção (n_head)
+    hs  o tamanho de cada cabeça, C / nh (head size)
+    V   o tamanho do vocabulário (vocab_size)
+
+Fontes: Vaswani et al. 2017, "Attention Is All You Need" (o Transformer); Radford et al. 2019,
+"Language Models are Unsupervised Multitask Learners" (o GPT-2, seção 2.3).
+
+Este arquivo não se roda: train.py treina o modelo e sample.py escreve com ele.
+"""
+
+import math
+import os
+import zipfile
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+# No Linux, memória em páginas grandes: os tensores que nascem e morrem a cada passo custam menos
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+# ------------------------------------------------------------------------------------------------
+# A receita
+
+
+@dataclass
+class GPTConfig:
+    """As medidas de um GPT-2; os valores abaixo são os do menor modelo publicado (124M)."""
+
+    block_size: int = 1024  # quantos tokens o modelo enxerga de uma vez
+    vocab_size: int = 50257  # quantos tokens existem
+    n_layer: int = 12  # quantos blocos, um depois do outro
+    n_head: int = 12  # quantas cabeças de atenção em cada bloco
+    n_embd: int = 768  # o tamanho do vetor de cada token
+    dropout: float = 0.0  # fração dos valores apagada ao acaso no treino, contra a memorização
+    bias: bool = True  # somar um viés em cada Linear e LayerNorm, como faz o GPT-2
+
+
+def attention(q, k, v):
+    """A atenção escrita por extenso: softmax(q·kᵀ / √hs)·v (Vaswani et al. 2017, seção 3.2.1).
+
+    q, k, v: (B, nh, T, hs). Devolve o resultado (B, nh, T, hs) e os pesos (B, nh, T, T): em cada
+    linha, quanto cada token olha para os anteriores e para si mesmo; a linha soma 1.
+    """
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, nh, T, T): afinidades
+    future = torch.ones_like(scores, dtype=torch.bool).triu(1)  # acima da diagonal está o futuro
+    weights = scores.masked_fill(future, -math.inf).softmax(-1)  # exp(-inf) = 0: ninguém o vê
+    return weights @ v, weights  # (B, nh, T, T) @ (B, nh, T, hs) -> (B, nh, T, hs)
+
+
+class KVCache:
+    """As chaves e os valores já calculados de uma camada, para não recalculá-los a cada token.
+
+    Um token novo só precisa da sua própria consulta (q): as chaves e os valores dos anteriores
+    não mudam, porque nenhum token vê o futuro.
+    """
+
+    def __init__(self, block_size):
+        self.block_size = block_size
+        self.length = 0  # quantos tokens já estão guardados
+
+    def append(self, k, v):
+        """Guarda k e v (B, nh, T, hs) dos tokens novos e devolve os de todos até aqui."""
+        if self.length == 0:  # o espaço todo é reservado de uma vez: crescer aos poucos copiaria
+            B, nh, _, hs = k.shape
+            self.k = k.new_empty(B, nh, self.block_size, hs)
+            self.v = k.new_empty(B, nh, self.block_size, hs)
+        old, self.length = self.length, self.length + k.size(2)
+        self.k[:, :, old : self.length] = k
+        self.v[:, :, old : self.length] = v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+
+class CausalSelfAttention(nn.Module):
+    """A atenção com várias cabeças: cada token recolhe informação dos anteriores."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        # consulta, chave e valor das nh cabeças saem de uma única multiplicação
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, cache=None, weights=None):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) -> três de (B, T, C)
+        # cada cabeça fica com uma fatia do vetor: (B, T, C) -> (B, T, nh, hs) -> (B, nh, T, hs)
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))
+        if cache is not None:
+            k, v = cache.append(k, v)
+        if weights is not None:
+            y, layer_weights = attention(q, k, v)
+            weights.append(layer_weights)
+        else:  # a mesma conta de `attention`, sem montar a matriz (T, T) inteira na memória
+            dropout = self.dropout if self.training else 0.0
+            if self.training and x.device.type == "cpu":
+                q, k, v = q.float(), k.float(), v.float()  # na CPU, o gradiente em bfloat16 é lento
+            with torch.autocast("cpu", enabled=False):  # (para que fique em float32)
+                # um token só, o mais novo, pode ver todos: não há futuro a esconder
+                y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
+        y = y.transpose(1, 2).reshape(B, T, C)  # as cabeças lado a lado: -> (B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    """Duas camadas lineares com uma curva no meio: cada token trabalha o que recolheu."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        # GELU na forma com tanh (Hendrycks e Gimpel 2016), a que o GPT-2 usou
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, C) -> (B, T, 4C)
+        return self.dropout(self.c_proj(x))  # (B, T, 4C) -> (B, T, C)
+
+
+class Block(nn.Module):
+    """Um bloco: a atenção e o MLP, cada um somado ao caminho principal (a conexão residual)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None, weights=None):
+        # a LayerNorm (Ba et al. 2016) vem antes de cada parte: o caminho principal fica livre
+        x = x + self.attn(self.ln_1(x), cache, weights)  # (B, T, C)
+        return x + self.mlp(self.ln_2(x))  # (B, T, C)
+
+
+class GPT(nn.Module):
+    """O GPT-2 completo. Os nomes das partes são os do modelo publicado (wte, wpe, h, ln_f)."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise SystemExit(
+                f"n_embd = {config.n_embd} não é divisível por n_head = {config.n_head}: "
+                "cada cabeça leva uma fatia igual do vetor. Mude um dos dois."
+            )
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # o vetor de cada token
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # o vetor de cada posição
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.init_weights()
+
+    def init_weights(self):
+        """Pesos iniciais do GPT-2: normais com desvio 0,02, vieses em zero."""
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif p.dim() == 2:
+                # 2·n_layer parcelas se somam no caminho principal: cada uma entra menor, para
+                # que a soma não cresça com a profundidade (Radford et al. 2019, seção 2.3)
+                residual = name.endswith("c_proj.weight")
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer if residual else 1))
+
+    def num_params(self):
+        """Quantos números o treino ajusta."""
+        return sum(p.numel() for p in self.parameters())
+
+    def forward(self, idx, targets=None, cache=None, weights=None):
+        """Dá as notas (logits) do próximo token e, se houver targets, a loss.
+
+        idx: (B, T) números de tokens. targets: (B, T), o token que vem depois de cada um.
+        cache: lista de n_layer KVCache, já com os tokens anteriores a idx; a primeira passada
+        leva o texto todo, e cada uma das seguintes um token só.
+        weights: uma lista vazia, que recebe os pesos de atenção (B, nh, T, T) de cada camada.
+
+        Com targets devolve logits (B, T, V) e a loss: a entropia cruzada média, em nats por token.
+        Sem targets devolve logits (B, 1, V), só os da última posição, e None.
+        """
+        start = cache[0].length if cache else 0
+        end = start + idx.size(1)
+        if end > self.config.block_size:
+            raise ValueError(f"{end} tokens não cabem em block_size = {self.config.block_size}")
+        # o que o token é, mais onde ele está: (B, T, C) + (T, C) -> (B, T, C)
+        x = self.wte(idx) + self.wpe(torch.arange(start, end, device=idx.device))
+        x = self.drop(x)
+        for i, block in enumerate(self.h):
+            x = block(x, cache[i] if cache else None, weights)
+        x = self.ln_f(x)
+        if targets is None:
+            x = x[:, -1:]  # para continuar o texto basta a última posição: (B, 1, C)
+        # a mesma tabela que leu os tokens dá as notas: (B, T, C) @ (C, V) -> (B, T, V)
+        logits = F.linear(x, self.wte.weight)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    @torch.inference_mode()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, stop_token=None,
+                 generator=None, use_cache=True):
+        """Continua os textos de idx (B, T), um token por vez: um gerador de tensores (B,).
+
+        temperature: abaixo de 1 o modelo arrisca menos, acima arrisca mais; 0 toma sempre o token
+        mais provável. top_k: sorteia só entre os k mais prováveis; 0 não limita.
+        stop_token: o texto que chega a ele o repete até que todos tenham chegado; aí se para.
+        generator: o torch.Generator dos sorteios. use_cache=False refaz todas as contas a cada
+        token: mais lento e com o mesmo resultado, serve para conferir o cache.
+        """
+        block_size = self.config.block_size
+        idx = idx[:, -block_size:]
+        cache = []
+        done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)  # (B,)
+        for _ in range(max_new_tokens):
+            if idx.size(1) > block_size:
+                # As posições do GPT-2 são aprendidas e não deslizam: esquece-se a metade mais
+                # velha, e o resto é relido desde a posição 0.
+                idx = idx[:, idx.size(1) // 2 :]
+                cache = []
+            if cache:
+                logits, _ = self(idx[:, -1:], cache=cache)
+            else:
+                cache = [KVCache(block_size) for _ in self.h] if use_cache else []
+                logits, _ = self(idx, cache=cache)
+            token = sample_token(logits[:, -1], temperature, top_k, generator)  # (B, V) -> (B,)
+            if stop_token is not None:
+                token[done] = stop_token
+                done |= token == stop_token
+                if done.all():
+                    return
+            yield token
+            idx = torch.cat((idx, token[:, None]), dim=1)  # (B, T) -> (B, T + 1)
+
+
+def sample_token(logits, temperature=1.0, top_k=0, generator=None):
+    """Escolhe um token por linha: notas (B, V) -> números (B,); argumentos como em generate."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1): a k-ésima nota
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+# ------------------------------------------------------------------------------------------------
+# A máquina: onde calcular e com que precisão
+
+
+def choose_device(name="auto"):
+    """Escolhe onde calcular: 'auto' procura cuda, depois mps (Mac), depois cpu.
+
+    Devolve um torch.device. Um nome desconhecido ou que não funciona aqui encerra com mensagem.
+    """
+    candidates = ["cuda", "mps", "cpu"] if name == "auto" else [name]
+    for candidate in candidates:
+        try:
+            device = torch.device(candidate)
+            # só conta se uma conta pequena funciona: as versões atuais do PyTorch já não
+            # trazem o código de placas antigas, e isso só se descobre ao usá-las
+            (torch.ones(1, device=device) + 1).item()
+            return device
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).strip().splitlines()[0]
+            if candidate == "cuda" and name == "auto" and torch.cuda.is_available():
+                print(f"A placa de vídeo não pôde ser usada ({reason}); sigo sem ela.")
+    raise SystemExit(f"device = {name!r} não funciona aqui ({reason}). Tente --device=cpu.")
+
+
+def choose_dtype(device, name="auto", native_bf16=None):
+    """Escolhe a precisão das contas: 'auto', 'float32', 'bfloat16' ou 'float16'.
+
+    native_bf16: se o chip calcula em bfloat16 sem emular; None pergunta ao próprio chip.
+    Devolve um torch.dtype. Um nome desconhecido encerra com mensagem.
+    """
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name != "auto":
+        if name not in names:
+            raise SystemExit(f"dtype = {name!r} não existe. Use auto, {', '.join(names)}.")
+        return names[name]
+    if native_bf16 is None:
+        native_bf16 = has_native_bf16(device)
+    if native_bf16:
+        return torch.bfloat16  # metade dos bytes, e o mesmo alcance do float32
+    # placas NVIDIA mais antigas aceleram float16; no resto, float32 é o mais rápido e o mais exato
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def has_native_bf16(device):
+    """Diz se o chip tem instruções próprias para bfloat16 (emulado, ele seria mais lento)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+# ------------------------------------------------------------------------------------------------
+# O checkpoint: o modelo guardado em disco
+
+
+def read_checkpoint(path):
+    """Lê um checkpoint .pt e devolve o dicionário que train.py guardou, com os tensores na CPU.
+
+    Um arquivo .pt é um zip: a soma de verificação (CRC) de cada parte é conferida antes. Só entram
+    tensores e tipos simples (weights_only=True): um arquivo alheio não consegue executar nada.
+    Um arquivo ausente, danificado ou que não é um checkpoint encerra com mensagem.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(damaged)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict) or not {"model", "model_config"} <= checkpoint.keys():
+            raise ValueError("faltam model e model_config")
+        return checkpoint
+    except FileNotFoundError:
+        raise SystemExit(f"Não achei {path}. Treine primeiro: python train.py config/tiny.py")
+    except Exception as error:  # um arquivo estragado pode falhar em qualquer ponto da leitura
+        reason = str(error).strip().partition("\n")[0]
+        raise SystemExit(f"{path} está danificado ou não é um checkpoint deste projeto ({reason}).")
+
+
+def load_weights(model, weights, path):
+    """Põe no modelo os pesos de um checkpoint (nome -> tensor), depois de conferir um por um.
+
+    path só serve às mensagens. Um tensor que falta, que sobra, de outro formato ou que não é feito
+    de números encerra com o nome dele.
+    """
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | weights.keys()):
+        if name not in weights:
+            problem = "falta"
+        elif name not in expected:
+            problem = "não pertence a este modelo"
+        elif weights[name].shape != expected[name].shape:
+            found, needed = tuple(weights[name].shape), tuple(expected[name].shape)
+            problem = f"tem o formato {found}, e não {needed}"
+        elif not weights[name].isfinite().all():
+            problem = "tem valores que não são números"
+        else:
+            continue
+        raise SystemExit(f"{path} não serve: {name} {problem}.")
+    model.load_state_dict(weights, assign=True)
