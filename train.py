@@ -23,7 +23,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ import torch
 
 from model import GPT, GPTConfig, choose_device, choose_dtype, load_weights, read_checkpoint
 from prepare import (
-    build_encoding, group, parse_arguments, read_meta, run, show_progress, suggest, whole_file)
+    build_encoding, group, parse_arguments, read_meta, run, show_progress, whole_file)
 
 
 @dataclass
@@ -95,16 +95,23 @@ def read_options(arguments=None):
         meaning = f"{meanings[name]} [{getattr(Config, name)}]".replace("%", "%%")
         parse = boolean if kind is bool else kind
         parser.add_argument(f"--{name}", type=parse, metavar=kind.__name__, help=meaning)
-    given = vars(parse_arguments(parser, arguments))
-    path = given.pop("config")
-    values = read_config_file(path, kinds) if path else {}
-    config = Config(**values | {name: value for name, value in given.items() if value is not None})
+
+    def read(arguments):
+        options = vars(parse_arguments(parser, arguments))
+        return {name: value for name, value in options.items() if value is not None}
+
+    values = read(arguments)
+    path = values.pop("config", None)
+    if path:  # o arquivo passa pela mesma leitura, e a linha de comando vence
+        lines = read_config_file(path)
+        parser.error = partial(config_error, path)
+        values = read(lines) | values
+    config = Config(**values)
     config.out_dir = config.out_dir or f"out/{Path(path).stem if path else 'gpt2'}"
 
+    from_zero = ("max_iters", "warmup_iters", "lr_decay_iters", "seed")
     for name, kind in kinds.items():
-        value = getattr(config, name)
-        from_zero = ("max_iters", "warmup_iters", "lr_decay_iters", "seed")
-        least = 0 if kind is float or name in from_zero else 1
+        value, least = getattr(config, name), 0 if kind is float or name in from_zero else 1
         if kind in (int, float) and not value >= least:
             raise SystemExit(f"{name} = {value} não serve: o mínimo é {least}.")
     if config.dropout >= 1:
@@ -121,32 +128,24 @@ def boolean(text):
     return text == "True"
 
 
-def read_config_file(path, kinds):
-    """Lê as linhas `nome = valor` de um arquivo, que é só lido, nunca executado."""
-    values = {}
+def read_config_file(path):
+    """As linhas `nome = valor` de um arquivo, como ["--nome=valor", ...]: lidas, nunca executadas."""
+    arguments, number = [], 1
     try:
-        lines = ast.parse(Path(path).read_text(encoding="utf-8")).body
+        for line in ast.parse(Path(path).read_text(encoding="utf-8")).body:
+            number = line.lineno
+            (target,) = line.targets
+            arguments.append(f"--{target.id}={ast.literal_eval(line.value)}")
     except OSError:
         raise SystemExit(f"Não consegui ler {path}. Os arquivos de configuração ficam em config/.")
-    except (SyntaxError, ValueError) as error:
-        raise SystemExit(f"{path}, linha {getattr(error, 'lineno', '?')}: não entendi. "
-                         "Escreva linhas como `n_layer = 4`.")
-    for line in lines:
-        where = f"{path}, linha {line.lineno}"
-        try:
-            (target,) = line.targets
-            name, value = target.id, ast.literal_eval(line.value)
-        except (AttributeError, ValueError):
-            raise SystemExit(f"{where}: só cabem linhas `nome = valor`, com um valor simples.")
-        if name not in kinds:
-            raise SystemExit(f"{where}: não conheço {name}{suggest(name, kinds)}")
-        if kinds[name] is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kinds[name]:
-            kind = kinds[name].__name__
-            raise SystemExit(f"{where}: {name} deve ser do tipo {kind}, e {value!r} não é.")
-        values[name] = value
-    return values
+    except (SyntaxError, AttributeError, ValueError) as error:
+        number = getattr(error, "lineno", number)
+        raise SystemExit(f"{path}, linha {number}: só cabem linhas simples, como `n_layer = 4`.")
+    return arguments
+
+
+def config_error(path, message):
+    raise SystemExit(f"{path}: {message}")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -247,8 +247,7 @@ def test_float16_trains(workdir):
 def test_config_file_then_command_line(tmp_path):
     path = tmp_path / "meu.py"
     path.write_text(
-        '"""Uma receita."""\nn_layer = 3  # comentário\nlearning_rate = 1\nbias = False\n'
-        "dataset = 'livros'\nmin_lr = -0.0\n".replace('"""Uma receita."""\n', "")
+        "n_layer = 3  # comentário\nlearning_rate = 1\nbias = False\ndataset = 'livros'\n"
     )
     config = read_options([str(path), "--n_layer=5", "--dropout", "0.5", "--compile=False"])
     assert (config.n_layer, config.dropout, config.learning_rate) == (5, 0.5, 1.0)
@@ -260,16 +259,16 @@ def test_config_file_then_command_line(tmp_path):
 @pytest.mark.parametrize(
     "content, words",
     [
-        ("n_layer = 2\nn_layr = 3\n", ["linha 2", "n_layr", "Seria n_layer?"]),
-        ("n_layer = 'três'\n", ["linha 1", "n_layer", "int", "três"]),
-        ("n_layer = 2.0\n", ["n_layer", "int"]),
-        ("n_layer = True\n", ["n_layer", "int"]),
-        ("compile = 'False'\n", ["compile", "bool"]),
-        ("import os\n", ["linha 1", "nome = valor"]),
-        ("n_layer = __import__('os').system('touch invadido')\n", ["linha 1", "valor simples"]),
+        ("n_layer = 2\nn_layr = 3\n", ["--n_layr=3", "Seria n_layer?"]),
+        ("n_layer = 'três'\n", ["--n_layer", "'três' não é do tipo int"]),
+        ("n_layer = 2.0\n", ["--n_layer", "int"]),
+        ("n_layer = True\n", ["--n_layer", "int"]),
+        ("compile = 1\n", ["--compile", "'1' não é True nem False"]),
+        ("n_layer = 3\nimport os\n", ["linha 2", "n_layer = 4"]),
+        ("n_layer = __import__('os').system('touch invadido')\n", ["linha 1"]),
         ("n_layer = batch_size = 3\n", ["linha 1"]),
         ("n_layer, n_head = 3, 4\n", ["linha 1"]),
-        ("n_layer == \n", ["linha 1", "não entendi"]),
+        ("n_head = 3\nn_layer == \n", ["linha 2"]),
         ("n_head = 3\nn_embd = 16\n", ["n_embd = 16", "n_head = 3"]),
         ("n_layer = 0\n", ["n_layer = 0"]),
         ("learning_rate = -1.0\n", ["learning_rate"]),
@@ -420,7 +419,7 @@ def test_init_from(workdir):
     run_toy(workdir, "--max_iters=10", out="out/a")
     output = run_toy(workdir, "--max_iters=1", "--init_from=out/a/best.pt", out="out/b").stdout
     best = read_checkpoint(workdir / "out/a/best.pt")
-    assert f"validação {best['val_loss']:.3f}" in output.splitlines()[6]
+    assert f"validação {best['val_loss']:.3f}" in output.split("passo 0 ")[1]
     result = run_toy(workdir, "--n_embd=32", "--init_from=out/a/best.pt", out="out/c", check=False)
     assert_short_error(result, "out/a/best.pt", "formato")
 
