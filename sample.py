@@ -77,8 +77,8 @@ def main(arguments=None):
         help="no máximo quantos tokens tem cada um [500]")
     add("--temperature", type=float, default=0.8, metavar="X",
         help="quanto arriscar: 0 fica com o mais provável, 1 segue as probabilidades [0.8]")
-    add("--top_k", type=int, default=50, metavar="K",
-        help="sortear só entre os K tokens mais prováveis; 0 não limita [50]")
+    add("--top_k", type=int, default=20, metavar="K",
+        help="sortear só entre os K tokens mais prováveis; 0 não limita [20]")
     add("--seed", type=int, default=1337, metavar="N",
         help="a mesma semente dá o mesmo texto [1337]")
     add("--out_dir", metavar="PASTA", help="a pasta do treino; sem isto, o mais recente em out/")

@@ -445,7 +445,7 @@ class Trainer:
         self.model.eval()
         with self.autocast:
             tokens = self.model.generate(
-                torch.tensor([ids], device=self.device), length, temperature=0.8, top_k=50,
+                torch.tensor([ids], device=self.device), length, temperature=0.8, top_k=20,
                 stop_token=self.encoding.eot_token, generator=random)
             ids = [token.item() for token in tokens]
         self.model.train()

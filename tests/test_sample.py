@@ -20,9 +20,7 @@ def trained(toy_data):
 
 
 def run_sample(cwd, *options, check=True):
-    return run_main(
-        "sample.py", "--out_dir=out/a", "--device=cpu", *options, cwd=cwd, check=check
-    )
+    return run_main("sample.py", "--out_dir=out/a", "--device=cpu", *options, cwd=cwd, check=check)
 
 
 def test_letters_cut_between_tokens_come_out_whole():
