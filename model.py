@@ -8,7 +8,7 @@ mais (conversar, contar histórias) nasce de repetir esse palpite. O caminho de 
                                            │
               cada bloco: atenção (os tokens conversam) e MLP (cada token pensa sozinho)
 
-As letras nos comentários, sempre na ordem em que os eixos aparecem nos tensores:
+As letras nos comentários, em que (B, T, C) é um tensor de três eixos, desses tamanhos:
 
     B   batch: quantas sequências andam juntas
     T   tempo: quantos tokens tem cada sequência, no máximo block_size
@@ -20,7 +20,7 @@ As letras nos comentários, sempre na ordem em que os eixos aparecem nos tensore
 Fontes: Vaswani et al. 2017, "Attention Is All You Need" (o Transformer); Radford et al. 2019,
 "Language Models are Unsupervised Multitask Learners" (o GPT-2, seção 2.3).
 
-Este arquivo não se roda: train.py treina o modelo e sample.py escreve com ele.
+Este arquivo não é para rodar: train.py treina o modelo e sample.py escreve com ele.
 """
 
 import math
@@ -55,11 +55,13 @@ class GPTConfig:
 def attention(q, k, v):
     """A atenção escrita por extenso: softmax(q·kᵀ / √hs)·v (Vaswani et al. 2017, seção 3.2.1).
 
-    q, k, v: (B, nh, T, hs). Devolve o resultado (B, nh, T, hs) e os pesos (B, nh, T, T): em cada
-    linha, quanto cada token olha para os anteriores e para si mesmo; a linha soma 1.
+    q (a consulta: o que cada token procura), k (a chave: o que cada um oferece) e v (o valor: o que
+    entrega a quem o procura): (B, nh, T, hs). Devolve o resultado (B, nh, T, hs) e os pesos
+    (B, nh, T, T): quanto cada token olha para os anteriores e para si mesmo; cada linha soma 1.
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, nh, T, T): afinidades
-    future = torch.ones_like(scores, dtype=torch.bool).triu(1)  # acima da diagonal está o futuro
+    past = k.size(2) - q.size(2)  # com o cache, k tem mais tokens que q: os já lidos
+    future = torch.ones_like(scores, dtype=torch.bool).triu(past + 1)  # o que vem depois de cada q
     weights = scores.masked_fill(future, -math.inf).softmax(-1)  # exp(-inf) = 0: ninguém o vê
     return weights @ v, weights  # (B, nh, T, T) @ (B, nh, T, hs) -> (B, nh, T, hs)
 
@@ -121,7 +123,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Duas camadas lineares com uma curva no meio: cada token trabalha o que recolheu."""
+    """Duas camadas lineares com uma curva (a GELU) no meio: cada token trabalha o que recolheu."""
 
     def __init__(self, config):
         super().__init__()
@@ -170,7 +172,7 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Pesos iniciais do GPT-2: normais com desvio 0,02, vieses em zero."""
+        """Pesos iniciais do GPT-2: matrizes de desvio 0,02; vieses em 0, LayerNorm em 1."""
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -192,7 +194,8 @@ class GPT(nn.Module):
         leva o texto todo, e cada uma das seguintes um token só.
         weights: uma lista vazia, que recebe os pesos de atenção (B, nh, T, T) de cada camada.
 
-        Com targets devolve logits (B, T, V) e a loss: a entropia cruzada média, em nats por token.
+        Com targets devolve logits (B, T, V) e a loss: a entropia cruzada média, em nats por
+        token (-ln da probabilidade dada ao token certo).
         Sem targets devolve logits (B, 1, V), só os da última posição, e None.
         """
         start = cache[0].length if cache else 0
@@ -220,7 +223,8 @@ class GPT(nn.Module):
 
         temperature: abaixo de 1 o modelo arrisca menos, acima arrisca mais; 0 toma sempre o token
         mais provável. top_k: sorteia só entre os k mais prováveis; 0 não limita.
-        stop_token: o texto que chega a ele o repete até que todos tenham chegado; aí se para.
+        stop_token: o token que encerra um texto; um texto encerrado só o repete, e a geração
+        termina quando todos se encerram.
         generator: o torch.Generator dos sorteios. use_cache=False refaz todas as contas a cada
         token: mais lento e com o mesmo resultado, serve para conferir o cache.
         """
@@ -273,7 +277,7 @@ def choose_device(name="auto"):
     for candidate in candidates:
         try:
             device = torch.device(candidate)
-            # só conta se uma conta pequena funciona: as versões atuais do PyTorch já não
+            # só vale se um cálculo pequeno funciona: as versões atuais do PyTorch já não
             # trazem o código de placas antigas, e isso só se descobre ao usá-las
             (torch.ones(1, device=device) + 1).item()
             return device
@@ -342,8 +346,8 @@ def read_checkpoint(path):
 def load_weights(model, weights, path):
     """Põe no modelo os pesos de um checkpoint (nome -> tensor), depois de conferir um por um.
 
-    path só serve às mensagens. Um tensor que falta, que sobra, de outro formato ou que não é feito
-    de números encerra com o nome dele.
+    path só serve às mensagens. Se um tensor falta, sobra, tem outro formato ou contém infinito ou
+    NaN, o programa termina e diz o nome dele.
     """
     expected = model.state_dict()
     for name in sorted(expected.keys() | weights.keys()):

@@ -6,7 +6,7 @@ palavra merecem um número (o vocabulário) e grava tudo em data/NOME/:
 
     train.bin, val.bin   os números dos tokens, 2 bytes cada um (uint16, little-endian)
     vocab.tiktoken       o vocabulário: os bytes de cada token em base64 e o número dele
-    meta.json            como o texto foi cortado, os tamanhos e a soma SHA-256 de cada .bin
+    meta.json            como o texto foi cortado, os tamanhos e uma soma SHA-256 de cada .bin
 
 Como rodar:
 
@@ -35,13 +35,13 @@ import tiktoken
 # A lição: tokenização
 #
 # BPE (byte pair encoding; Sennrich et al. 2016) começa com 256 tokens, um por byte. Depois repete:
-# acha o par de tokens vizinhos mais frequente e faz dele um token novo. "qu", "ção" e " casa" viram
-# um número só, e nenhum texto fica de fora: o que não se aprendeu continua escrito em bytes.
+# acha o par de tokens vizinhos mais frequente e faz dele um token novo. "qu", "ção" e " casa"
+# viram um número cada, e nenhum texto fica de fora: o que não se aprendeu continua em bytes.
 
 END_OF_TEXT = "<|endoftext|>"  # o token que fecha cada documento
 
-# O corte do GPT-2 em "palavras", que as fusões nunca atravessam: contrações do inglês, letras,
-# algarismos e sinais, cada um com o espaço que vem antes, e por fim os espaços que sobram.
+# O corte do GPT-2 em "palavras", que as fusões nunca atravessam: contrações do inglês; letras,
+# algarismos ou sinais, cada grupo com o espaço que vem antes; e por fim os espaços que sobram.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -50,7 +50,7 @@ def train_bpe(word_counts, size, progress=lambda done: None):
 
     Devolve {bytes do token: número}, na ordem em que foram aprendidos. Funde-se sempre o par mais
     frequente e, no empate, o de números menores: o mesmo texto dá o mesmo vocabulário em qualquer
-    máquina. Para antes de `size` se nenhum par aparece duas vezes.
+    máquina. Termina antes de `size` se nenhum par aparece ao menos duas vezes.
 
         train_bpe({"casa": 3, "asa": 2}, 258) -> os 256 bytes, b"as": 256, b"asa": 257
     """
@@ -136,8 +136,8 @@ def gpt2_ranks():
         encoding = tiktoken.get_encoding("gpt2")
     except OSError as error:  # sem rede
         raise SystemExit(
-            f"Não consegui baixar o vocabulário do GPT-2 ({type(error).__name__}). Use o próprio "
-            "(--tokenizer bpe), ou aponte TIKTOKEN_CACHE_DIR para uma pasta que já o tenha.")
+            f"Não consegui baixar o vocabulário do GPT-2 ({type(error).__name__}). Use um "
+            "próprio (--tokenizer bpe), ou aponte TIKTOKEN_CACHE_DIR para uma pasta que o tenha.")
     return {encoding.decode_single_token_bytes(i): i for i in range(encoding.eot_token)}
 
 
@@ -169,7 +169,7 @@ def read_documents(files):
     """Lê os textos e gera os documentos, um por vez, sem as linhas vazias das pontas.
 
     Uma linha que só tem <|endoftext|> separa documentos; o fim do arquivo também. Um documento com
-    mais de LONGEST caracteres sai em vários, cortado em fins de parágrafo.
+    mais de LONGEST caracteres sai em vários, cortado de preferência em fins de parágrafo.
     """
     for path in files:
         for document in read_file(path):
@@ -225,7 +225,7 @@ def bad_byte(path):
 def val_limit(documents, val_fraction):
     """O limite do hash abaixo do qual um documento é de validação; None se há um documento só.
 
-    Se um dos lados ficaria vazio, o limite se move até o documento de hash mais próximo.
+    Para que nenhum lado fique vazio, o limite vai, se preciso, até o documento mais próximo.
     """
     lowest, highest, size = 2**64, -1, 0
     for document in documents:
@@ -266,7 +266,6 @@ def write_tokens(files, documents, encoding):
     """
     keys = ("documents", "characters", "bytes", "tokens")
     splits = {part: dict.fromkeys(keys, 0) for part in files}
-    hashes = {part: hashlib.sha256() for part in files}
     documents = iter(documents)
     while batch := list(islice(documents, 200)):  # o tiktoken reparte cada lote entre os núcleos
         # encode_ordinary: um "<|endoftext|>" no meio do texto é texto, não o token especial
@@ -275,11 +274,18 @@ def write_tokens(files, documents, encoding):
         for (part, text), ids in zip(batch, encoded):
             data = np.array([*ids, encoding.eot_token], dtype="<u2").tobytes()
             files[part].write(data)
-            hashes[part].update(data)
             for key, amount in zip(keys, (1, len(text), len(text.encode()), len(ids) + 1)):
                 splits[part][key] += amount
         show_progress(f"{splits['train']['bytes'] / 1e6:.0f} MB em tokens")
-    return {part: splits[part] | {"sha256": hashes[part].hexdigest()} for part in files}
+    return splits
+
+
+def token_sample(path):
+    """Os tokens de um .bin que servem para conferi-lo: todos ou, acima de 256 MB, os das pontas."""
+    tokens = np.memmap(path, dtype="<u2", mode="r")
+    if tokens.nbytes <= 256 * 2**20:
+        return tokens
+    return np.concatenate((tokens[: 2**19], tokens[-(2**19) :]))  # o primeiro e o último MiB
 
 
 def read_meta(folder):
@@ -307,6 +313,9 @@ def whole_file(path):
             file.flush()
             os.fsync(file.fileno())  # no disco de verdade, antes de trocar o nome
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # com o disco cheio, torch.save dá RuntimeError
+        reason = getattr(error, "strerror", None) or "o disco encheu?"
+        raise SystemExit(f"Não consegui gravar {path} ({reason}). O que já existia está intacto.")
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":  # a troca de nome também vai para o disco (o Windows não tem isto)
@@ -349,7 +358,7 @@ def suggest(name, names):
 
 
 def show_progress(text, end="", plain=False):
-    """Escreve uma linha que muda no lugar, num terminal; num arquivo, linhas inteiras se plain."""
+    """Num terminal, reescreve sempre a mesma linha; num arquivo, só escreve se plain."""
     if sys.stdout.isatty():
         print(f"\r{text[:79]:<79}", end=end, flush=True)
     elif plain:
@@ -414,8 +423,10 @@ def main(arguments=None):
 
     with whole_file(folder / "train.bin") as train, whole_file(folder / "val.bin") as val:
         splits = write_tokens({"train": train, "val": val}, documents(), encoding)
-        # meta.json sai antes da troca e volta por último: sem ele, não há conjunto pela metade
+        # meta.json é apagado antes da troca e gravado por último: um conjunto pela metade não o tem
         (folder / "meta.json").unlink(missing_ok=True)
+    for part, split in splits.items():
+        split["sha256"] = hashlib.sha256(token_sample(folder / f"{part}.bin")).hexdigest()
     with whole_file(folder / "vocab.tiktoken") as file:
         file.write(tokenizer.pop("vocab").encode())
     meta = {"source": [file.name for file in files], "val_fraction": options.val_fraction,
@@ -438,7 +449,7 @@ def check_options(options, folder):
 
 
 def report(folder, splits, encoding, example):
-    """Mostra o que foi feito: os números, os tokens mais longos e uma frase cortada em tokens."""
+    """Mostra o que foi feito: os números, os tokens mais longos e um trecho cortado em tokens."""
     train, val = splits["train"], splits["val"]
     total = {key: train[key] + val[key] for key in ("documents", "characters", "bytes", "tokens")}
     tokens = [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]

@@ -30,7 +30,7 @@ def find_checkpoint(out_dir):
     found = sorted(Path("out").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise SystemExit("Não há treino em out/. Rode `python train.py config/tiny.py` primeiro.")
-    print(f"[uso {found[-1]}]", file=sys.stderr)
+    print(f"[modelo: {found[-1]}]", file=sys.stderr)
     return found[-1]
 
 

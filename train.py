@@ -16,22 +16,27 @@ last.pt (tudo o que é preciso para continuar) e log.csv (uma linha por avaliaç
 
 import argparse
 import ast
+import hashlib
 import inspect
 import math
+import os
 import re
 import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import distributed
 
 from model import GPT, GPTConfig, choose_device, choose_dtype, load_weights, read_checkpoint
 from prepare import (
-    build_encoding, group, parse_arguments, read_meta, run, show_progress, whole_file)
+    build_encoding, group, parse_arguments, read_meta, run, show_progress, token_sample,
+    whole_file)
 
 
 @dataclass
@@ -51,7 +56,7 @@ class Config:
     bias: bool = True  # usar vieses, como o GPT-2
     # um passo: batch_size * gradient_accumulation_steps * block_size tokens
     batch_size: int = 12  # quantas sequências por vez: o que cabe na memória
-    gradient_accumulation_steps: int = 40  # quantas vezes por passo, somando os gradientes
+    gradient_accumulation_steps: int = 40  # quantos batches por passo, somando os gradientes
     max_iters: int = 600000  # quantos passos ao todo
     # o otimizador
     optimizer: str = "adamw"  # adamw, ou muon (as matrizes dos blocos com Muon, o resto com AdamW)
@@ -62,7 +67,7 @@ class Config:
     beta2: float = 0.95  # AdamW: a memória da média dos quadrados
     grad_clip: float = 1.0  # limite para a norma do gradiente (0: sem limite)
     decay_lr: bool = True  # baixar as taxas ao longo do treino
-    warmup_iters: int = 2000  # passos em que as taxas sobem desde zero
+    warmup_iters: int = 2000  # passos em que as taxas sobem desde quase zero
     lr_decay_iters: int = 0  # o passo em que as taxas chegam ao mínimo (0: max_iters)
     min_lr: float = 6e-5  # o mínimo de learning_rate; a taxa do Muon baixa na mesma proporção
     # acompanhar e guardar
@@ -122,14 +127,14 @@ def read_options(arguments=None):
 
 
 def boolean(text):
-    """boolean("True") -> True; True e False se escrevem assim."""
+    """boolean("True") -> True; só aceita True e False, escritos assim."""
     if text not in ("True", "False"):
         raise argparse.ArgumentTypeError(f"{text!r} não é True nem False")
     return text == "True"
 
 
 def read_config_file(path):
-    """As linhas `nome = valor` de um arquivo, como ["--nome=valor", ...]: lidas, nunca executadas."""
+    """As linhas `nome = valor` de um arquivo, como ["--nome=valor"]: lidas, nunca executadas."""
     arguments, number = [], 1
     try:
         for line in ast.parse(Path(path).read_text(encoding="utf-8")).body:
@@ -159,14 +164,25 @@ class Tokens:
     outra ordem, e os cortes caem em outros lugares.
     """
 
-    def __init__(self, path, block_size, seed=0):
+    def __init__(self, path, split, vocab_size, block_size, seed=0):
+        """split: o que meta.json diz do arquivo; o que não bate com ele encerra com mensagem."""
         if not path.exists():
             raise SystemExit(f"Não achei {path}: rode `python prepare.py` primeiro.")
-        self.tokens = np.memmap(path, dtype="<u2", mode="r") if path.stat().st_size else []
-        if len(self.tokens) <= block_size:
+        if path.stat().st_size != 2 * split["tokens"]:
+            problem = f"{path.stat().st_size} bytes, e não {split['tokens']} tokens de 2 bytes"
+        elif split["tokens"] <= block_size:
             raise SystemExit(
-                f"{path} tem {len(self.tokens)} tokens, e block_size = {block_size} pede mais que "
+                f"{path} tem {split['tokens']} tokens, e block_size = {block_size} pede mais que "
                 "isso: prepare um texto maior ou diminua block_size.")
+        elif (largest := token_sample(path).max()) >= vocab_size:
+            problem = f"o token {largest}, e o vocabulário só vai até {vocab_size - 1}"
+        elif hashlib.sha256(token_sample(path)).hexdigest() != split["sha256"]:
+            problem = "tokens diferentes dos que meta.json descreve (a soma SHA-256 não bate)"
+        else:
+            problem = None
+        if problem:
+            raise SystemExit(f"{path} tem {problem}. Rode prepare.py de novo.")
+        self.tokens = np.memmap(path, dtype="<u2", mode="r")
         self.block_size, self.seed = block_size, seed
         # uma janela a menos que o possível deixa folga para os cortes mudarem de lugar
         self.windows = max(1, len(self.tokens) // block_size - 1)
@@ -206,7 +222,7 @@ class Tokens:
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) para as matrizes dos blocos.
 
-    O gradiente de uma matriz costuma apontar quase todo para poucas direções. O Muon iguala o peso
+    O gradiente de uma matriz costuma apontar quase todo para poucas direções. O Muon iguala a força
     de todas antes de corrigir: aprende-se mais por passo.
     """
 
@@ -232,7 +248,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(matrix, dtype):
     """A matriz com todos os valores singulares perto de 1, pela iteração de Newton-Schulz.
 
-    Os três coeficientes são os do artigo: levam depressa qualquer valor de 0 a 1 para perto de 1.
+    Os três coeficientes são os do artigo: levam depressa os valores entre 0 e 1 para perto de 1.
     """
     x = matrix.to(dtype)
     tall = x.size(0) > x.size(1)
@@ -273,7 +289,7 @@ def lr_factor(step, config):
         return 1.0
     end = config.lr_decay_iters or config.max_iters
     progress = min(1, (step - config.warmup_iters) / max(1, end - config.warmup_iters))
-    lowest = config.min_lr / config.learning_rate
+    lowest = config.min_lr / (config.learning_rate or 1)
     return lowest + (1 - lowest) * (1 + math.cos(math.pi * progress)) / 2
 
 
@@ -290,7 +306,7 @@ class Trainer:
         self.config = config
         self.out = Path(config.out_dir)
         self.last_path, self.log_path = self.out / "last.pt", self.out / "log.csv"
-        self.device = choose_device(config.device)
+        self.join_processes()
         self.dtype = choose_dtype(self.device, config.dtype)
         # as contas pesadas vão em self.dtype; os pesos e o que precisa de exatidão, em float32
         self.autocast = torch.autocast(
@@ -299,8 +315,9 @@ class Trainer:
         folder = Path("data", config.dataset)
         self.meta, self.tokenizer = read_meta(folder)
         self.encoding = build_encoding(self.tokenizer)
-        self.train_data = Tokens(folder / "train.bin", config.block_size, config.seed)
-        self.val_data = Tokens(folder / "val.bin", config.block_size)
+        self.train_data, self.val_data = (
+            Tokens(folder / f"{part}.bin", self.meta["splits"][part], self.tokenizer["vocab_size"],
+                   config.block_size, config.seed) for part in ("train", "val"))
         self.fingerprint = {part: split["sha256"] for part, split in self.meta["splits"].items()}
 
         checkpoint = self.find_checkpoint()
@@ -316,21 +333,65 @@ class Trainer:
         self.optimizers = make_optimizers(self.model, config, self.dtype)
         # float16 não alcança números muito pequenos: o GradScaler multiplica a loss para caberem
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.skipped = 0  # passos pulados em seguida, em float16
         self.step, self.began, self.best_val_loss, self.log = 0, time.perf_counter(), math.inf, []
         if checkpoint and path == self.last_path:
             self.resume(contents)
         self.tokens_per_step = (
             config.batch_size * config.gradient_accumulation_steps * config.block_size)
 
+    # --- um processo ou vários
+
+    def join_processes(self):
+        """Escolhe o dispositivo e, sob torchrun, encontra os outros processos deste treino."""
+        # torchrun diz a cada processo quem ele é; sem torchrun, há um só
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.device = choose_device(self.config.device)
+        if self.world_size == 1:
+            return
+        if self.config.gradient_accumulation_steps % self.world_size:
+            raise SystemExit(
+                f"gradient_accumulation_steps = {self.config.gradient_accumulation_steps} não se "
+                f"reparte por {self.world_size} processos: use um múltiplo de {self.world_size}.")
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(self.device)
+        # a cada vez que o torchrun reinicia os processos, os endereços vão para uma lista nova
+        store, _, _ = next(distributed.rendezvous("env://"))
+        store = distributed.PrefixStore(f"vez {restart_count()}", store)
+        distributed.init_process_group(
+            "nccl" if self.device.type == "cuda" else "gloo", store=store, rank=self.rank,
+            world_size=self.world_size)
+        if self.rank:
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # só o processo 0 escreve
+
+    def gather(self, *values):
+        """A soma de cada valor em todos os processos."""
+        if self.world_size == 1:
+            return values
+        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
+        distributed.all_reduce(sums)
+        return sums.tolist()
+
     # --- continuar e guardar
 
     def find_checkpoint(self):
         """De onde partir: (caminho, conteúdo) de last.pt ou do init_from; None é do zero."""
-        config = self.config
-        if config.restart and self.out.exists():
-            keep_old_run(self.out)
+        config, best = self.config, self.out / "best.pt"
+        if self.rank == 0:
+            for leftover in self.out.glob(".*.tmp"):  # de um treino interrompido à força
+                leftover.unlink()
+            # quando o torchrun reinicia processos que caíram, é para continuar
+            if config.restart and self.out.exists() and restart_count() == 0:
+                keep_old_run(self.out)
+        self.gather(0)  # os outros processos esperam aqui
         if self.last_path.exists():
-            contents = read_checkpoint(self.last_path)
+            try:
+                contents = read_checkpoint(self.last_path)
+            except SystemExit as error:
+                raise SystemExit(f"{error}\nPara um treino novo, a partir do melhor modelo: "
+                                 f"--init_from={best} --out_dir=OUTRA_PASTA")
             check_same_run(contents, config, self.tokenizer, self.fingerprint)
             return self.last_path, contents
         if config.init_from == "resume":
@@ -354,10 +415,12 @@ class Trainer:
 
     def save(self, path, **more):
         """Grava um checkpoint inteiro; se algo falha no meio, o anterior fica como estava."""
-        contents = {"model": self.model.state_dict(), "model_config": self.model_config,
-                    "tokenizer": self.tokenizer, "step": self.step, "config": asdict(self.config)}
-        with whole_file(path) as file:
-            torch.save(contents | more, file)
+        if self.rank == 0:
+            contents = {
+                "model": self.model.state_dict(), "model_config": self.model_config,
+                "tokenizer": self.tokenizer, "step": self.step, "config": asdict(self.config)}
+            with whole_file(path) as file:
+                torch.save(contents | more, file)
 
     def save_last(self):
         """Grava last.pt, com tudo o que é preciso para continuar."""
@@ -371,51 +434,99 @@ class Trainer:
 
     def train_step(self):
         """Um passo: soma os gradientes de alguns batches e corrige os pesos. Devolve a loss."""
-        config = self.config
+        config, accumulation = self.config, self.config.gradient_accumulation_steps
         total = 0.0
-        for micro in range(config.gradient_accumulation_steps):
-            number = self.step * config.gradient_accumulation_steps + micro
+        for micro in range(self.rank, accumulation, self.world_size):  # cada processo faz os seus
+            number = self.step * accumulation + micro
             x, y = self.train_data.batch(number, config.batch_size)
             torch.manual_seed(config.seed * 1_000_003 + number)  # o sorteio do dropout
+            # os processos somam os gradientes uma vez por passo, no último batch de cada um
+            self.parallel.require_backward_grad_sync = micro >= accumulation - self.world_size
             with self.autocast:
-                _, loss = self.forward(x.to(self.device), y.to(self.device))
+                _, loss = self.parallel(x.to(self.device), y.to(self.device))
             # dividir faz da soma dos gradientes a média: o mesmo que um só batch grande
-            loss = loss / config.gradient_accumulation_steps
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
+            # (entre os processos, quem tira a média é o DistributedDataParallel)
+            self.scaler.scale(loss * self.world_size / accumulation).backward()
+            total += loss.detach() / accumulation
 
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
+        self.check_finite(total, norm)
         if norm.isfinite():
             factor = lr_factor(self.step, config)
             for optimizer in self.optimizers:
                 for param_group in optimizer.param_groups:
                     param_group["lr"] = param_group["initial_lr"] * factor
                 self.scaler.step(optimizer)
-        elif not self.scaler.is_enabled():  # em float16 acontece: pula-se o passo e baixa a escala
-            raise SystemExit(
-                f"Passo {self.step}: o gradiente deixou de ser um número (loss {total:.3f}). "
-                "Tente uma learning_rate menor ou um warmup_iters maior.")
         self.scaler.update()
         self.model.zero_grad(set_to_none=True)
         self.step += 1
         return total
 
+    def check_finite(self, loss, norm):
+        """Interrompe o treino antes de estragar os pesos, se a loss ou o gradiente não é um número.
+
+        Em float16 o gradiente transborda de vez em quando: o passo é pulado e a escala baixa.
+        """
+        if (loss + norm).isfinite():
+            self.skipped = 0
+            return
+        self.skipped += 1
+        if self.scaler.is_enabled() and loss.isfinite() and self.skipped < 20:
+            return
+        raise SystemExit(
+            f"Passo {self.step}: a loss ({loss:.3f}) ou o gradiente (norma {norm:.3f}) deixou de "
+            f"ser um número. {self.last_path} guarda um ponto anterior. Tente uma learning_rate "
+            "menor, um warmup_iters maior ou --dtype=float32.")
+
     def compile(self):
-        """Prepara self.forward: o próprio modelo ou, em cuda, o modelo compilado."""
+        """Prepara o modelo para rodar: compilado, em cuda, e repartido, se há vários processos."""
         self.forward = self.model
         if self.device.type == "cuda" and self.config.compile:
-            x, y = self.train_data.batch(0, self.config.batch_size)
-            batch = x.to(self.device), y.to(self.device)
-            self.forward = compile_model(self.model, batch, self.autocast)
+            batch = self.train_data.batch(0, self.config.batch_size)
+            self.forward = compile_model(self.model, batch, self.autocast, self.device)
+        self.parallel = self.forward
+        if self.world_size > 1:
+            self.parallel = torch.nn.parallel.DistributedDataParallel(self.forward)
+
+    def memory(self):
+        """Uma estimativa, em bytes, do que um passo ocupa: (o que é fixo, as ativações).
+
+        Fixos são os pesos, os gradientes e os otimizadores. Ativações são o que a passada para a
+        frente guarda para o gradiente: mede-se com uma e com duas sequências, porque o resto é
+        proporcional. As notas e o gradiente delas, de curta duração, entram também.
+        """
+        config = self.config
+        weights = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+
+        def saved_bytes(batch_size):
+            sizes = {}
+
+            def note(tensor):
+                storage = tensor.untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes()
+                return tensor
+
+            x = torch.zeros(batch_size, config.block_size, dtype=torch.long, device=self.device)
+            hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+            with hooks, self.autocast:
+                _, loss = self.model(x, x)  # loss segura os tensores guardados até a soma
+            return sum(size for storage, size in sizes.items() if storage not in weights)
+
+        one = saved_bytes(1)
+        each = saved_bytes(2) - one if config.batch_size > 1 else 0
+        copies = 4 if config.optimizer == "adamw" else 3  # peso, gradiente e uma ou duas médias
+        logits = config.batch_size * config.block_size * self.tokenizer["vocab_size"]
+        activations = one + (config.batch_size - 1) * each + 8 * logits
+        return 4 * copies * self.model.num_params(), activations
 
     # --- avaliar
 
     def evaluate(self):
         """Devolve a loss de treino e a de validação (nats por token), e esta em bits por byte."""
         batch_size, tokens = self.config.batch_size, len(self.val_data.tokens)
-        # sempre os mesmos: toda a validação, se couber em eval_iters, e outro tanto do treino
+        # batches fixos: toda a validação, se couber em eval_iters, e outro tanto do treino
         all_of_it = math.ceil(tokens / (batch_size * self.config.block_size))
         most = min(self.config.eval_iters, all_of_it)
         train_loss, val_loss = (self.mean_loss(data.fixed_batches(batch_size, most))
@@ -426,15 +537,16 @@ class Trainer:
 
     @torch.no_grad()
     def mean_loss(self, batches):
-        """A loss média de uns batches, em nats por token; não muda nada no treino."""
+        """A loss média de alguns batches, em nats por token; não muda nada no treino."""
         self.model.eval()
         total, count = 0.0, 0
-        for x, y in batches:
+        for x, y in islice(batches, self.rank, None, self.world_size):
             with self.autocast:
                 _, loss = self.forward(x.to(self.device), y.to(self.device))
             total += loss.item() * len(x)
             count += len(x)
         self.model.train()
+        total, count = self.gather(total, count)
         return total / count
 
     def write_sample(self, length=40):
@@ -460,12 +572,17 @@ class Trainer:
         rate = self.config.learning_rate * lr_factor(self.step, self.config)
         self.log.append(f"{self.step},{self.step * self.tokens_per_step},{seconds:.1f},{rate:.3e},"
                         f"{train_loss:.4f},{val_loss:.4f},{val_bpb:.4f}")
+        if self.rank:
+            return
         with whole_file(self.log_path) as file:
             file.write("\n".join([LOG_HEADER, *self.log, ""]).encode())
         show_progress("", end="\r")
         print(f"passo {self.step} | {duration(seconds)} | treino {train_loss:.3f} | "
               f"validação {val_loss:.3f} | {val_bpb:.3f} bits por byte")
         print(f"    {self.write_sample()}", flush=True)
+        if memorising(self.log) and not memorising(self.log[:-1]):
+            print("O modelo começou a decorar: a loss de validação sobe, e a de treino desce. "
+                  "best.pt guarda o melhor; mais texto, ou dropout, ajudaria.")
         if val_loss < self.best_val_loss:
             self.best_val_loss = val_loss
             self.save(self.out / "best.pt", val_loss=val_loss, val_bpb=val_bpb)
@@ -473,35 +590,44 @@ class Trainer:
     # --- o laço
 
     def train(self):
-        """Treina até max_iters ou até um pedido para parar; devolve o sinal recebido, ou None."""
+        """Treina até max_iters ou até um pedido para parar; devolve o sinal recebido, ou 0."""
         config = self.config
-        stop = StopRequest()
+        request = StopRequest()
         mark, mark_step = time.perf_counter(), self.step
         while True:
+            (stop,) = self.gather(request.signal)  # basta um processo receber o pedido
             finished = self.step >= config.max_iters
-            if not stop.signal and (finished or self.step % config.eval_interval == 0):
+            if not stop and (finished or self.step % config.eval_interval == 0):
                 self.log_evaluation()
                 mark, mark_step = time.perf_counter(), self.step
-            if stop.signal or finished or self.step % config.save_interval == 0:
+            if stop or finished or self.step % config.save_interval == 0:
                 self.save_last()
-            if stop.signal or finished:
-                return stop.signal
+            if stop or finished:
+                return (request.signal or signal.SIGTERM) if stop else 0
             loss = self.train_step()
             if self.step % config.log_interval == 0:
                 speed = (self.step - mark_step) / (time.perf_counter() - mark)  # passos por segundo
                 mark, mark_step = time.perf_counter(), self.step
+                (loss,) = self.gather(loss.item())
                 show_progress(
                     f"passo {self.step}/{config.max_iters} | loss {loss:.3f} | "
                     f"{group(round(speed * self.tokens_per_step))} tokens/s | "
                     f"faltam {duration((config.max_iters - self.step) / speed)}", plain=True)
 
 
-def compile_model(model, batch, autocast):
+def memorising(log):
+    """Diz se, nas três últimas avaliações, a loss de validação só subiu e a de treino só desceu."""
+    losses = [list(map(float, line.split(",")[4:6])) for line in log[-4:]]
+    pairs = list(zip(losses, losses[1:]))
+    return len(pairs) == 3 and all(b[0] < a[0] and b[1] > a[1] for a, b in pairs)
+
+
+def compile_model(model, batch, autocast, device):
     """O modelo com código próprio para a placa (torch.compile); se não der, o modelo como é."""
     compiled = torch.compile(model)
     try:  # a compilação só acontece, e só falha, na primeira chamada
         with autocast:
-            compiled(*batch)[1].backward()
+            compiled(*(tensor.to(device) for tensor in batch))[1].backward()
         model.zero_grad(set_to_none=True)
         return compiled
     except Exception as error:
@@ -509,28 +635,34 @@ def compile_model(model, batch, autocast):
         return model
 
 
+def restart_count():
+    """Quantas vezes o torchrun já reiniciou os processos deste treino."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 class StopRequest:
     """Um pedido para parar (Ctrl+C ou SIGTERM): o passo em curso termina, e o treino é guardado."""
 
     def __init__(self):
-        self.signal = None
+        self.signal = 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.receive)
 
     def receive(self, number, frame):
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)  # o segundo pedido encerra na hora
+        if "RANK" not in os.environ:  # (o torchrun repete o pedido por conta própria)
+            signal.signal(number, signal.SIG_DFL)  # o segundo pedido encerra na hora
 
 
 PRODUCT = "batch_size * gradient_accumulation_steps"
 # o que define um treino: mudar um destes no meio daria outro treino
 FIXED = ("n_layer", "n_head", "n_embd", "block_size", "bias", "optimizer", "seed", PRODUCT)
 # o que não muda o resultado, ou só o muda através do que já se confere
-FREE = ("out_dir", "dataset", "init_from", "restart", "batch_size", "gradient_accumulation_steps")
+FREE = ("out_dir", "dataset", "init_from", "restart")
 
 
 def check_same_run(contents, config, tokenizer, fingerprint):
-    """Confere se last.pt é deste mesmo treino; recusa o que não podia mudar e conta o que mudou."""
+    """Confere se last.pt é deste mesmo treino; recusa o que não podia mudar e avisa do resto."""
     old, new = contents["config"], asdict(config)
     for values in (old, new):
         values[PRODUCT] = values["batch_size"] * values["gradient_accumulation_steps"]
@@ -543,11 +675,16 @@ def check_same_run(contents, config, tokenizer, fingerprint):
     if refused:
         raise SystemExit(
             "\n    ".join([f"O treino guardado em {config.out_dir} é outro:", *refused])
-            + "\nPara um treino novo, dê --out_dir=OUTRA_PASTA, ou --restart=True (o antigo fica "
+            + "\nPara um treino novo, use --out_dir=OUTRA_PASTA, ou --restart=True (o antigo fica "
             "guardado com outro nome). Para continuar o antigo, desfaça a mudança.")
-    for name in old.keys() - FREE:
+    for name in sorted(old.keys() - FREE):
         if old[name] != new[name]:
             print(f"Mudou desde a última vez: {name}, de {old[name]!r} para {new[name]!r}.")
+    if old["max_iters"] != new["max_iters"] and not new["lr_decay_iters"]:
+        print("As taxas acompanham max_iters: a curva delas muda também (veja lr_decay_iters).")
+    if old["batch_size"] != new["batch_size"] and new["dropout"]:
+        print("Com outra divisão entre batch_size e gradient_accumulation_steps, o dropout sorteia "
+              "outros valores: o resultado não é idêntico.")
 
 
 def keep_old_run(folder):
@@ -566,7 +703,7 @@ def sparkline(values):
 
 
 def duration(seconds):
-    """Um tempo para gente ler: duration(200) -> "3min20s"."""
+    """Um tempo fácil de ler: duration(200) -> "3min20s"."""
     minutes, seconds = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes}min{seconds:02}s"
@@ -582,25 +719,21 @@ def main(arguments=None):
         print(f"Este treino já terminou, com {step} passos. Veja o que ele escreve:\n{write}\n"
               f"ou treine mais, com a mesma linha e --max_iters={2 * step}")
         return
-
-    train, val = (len(data.tokens) for data in (trainer.train_data, trainer.val_data))
-    vocab_size, per_step = trainer.tokenizer["vocab_size"], trainer.tokens_per_step
-    print(f"""\
-máquina        {trainer.device.type}, contas em {str(trainer.dtype).removeprefix("torch.")}
-modelo         {group(trainer.model.num_params())} parâmetros
-dados          {config.dataset}: {group(train)} tokens de treino, {group(val)} de validação
-cada passo     {group(per_step)} tokens
-ao todo        {config.max_iters} passos, {config.max_iters * per_step / train:.1f} voltas (epochs) no texto
-primeira loss  perto de ln({vocab_size}) = {math.log(vocab_size):.2f}, a de quem chuta""")
-    trainer.compile()
-    if config.eval_only:
-        train_loss, val_loss, val_bpb = trainer.evaluate()
-        print(f"passo {step} | treino {train_loss:.4f} | validação {val_loss:.4f} | "
-              f"{val_bpb:.4f} bits por byte")
-        return
-    if step:
-        print(f"Continuo {last_path} do passo {step}.")
-    stopped_by = trainer.train()
+    try:
+        introduce(trainer, config)
+        trainer.compile()
+        if config.eval_only:
+            train_loss, val_loss, val_bpb = trainer.evaluate()
+            print(f"passo {step} | treino {train_loss:.4f} | validação {val_loss:.4f} | "
+                  f"{val_bpb:.4f} bits por byte")
+            return
+        stopped_by = trainer.train()
+    except RuntimeError as error:  # o torch não tem um tipo de erro só para a falta de memória
+        if "memory" not in str(error):
+            raise
+        raise SystemExit(f"Faltou memória. {smaller_batch(config)}")
+    if trainer.world_size > 1:
+        distributed.destroy_process_group()
     if stopped_by:
         print(f"\nParei no passo {trainer.step}, guardado em {last_path}. "
               "A mesma linha continua daqui.")
@@ -608,6 +741,50 @@ primeira loss  perto de ln({vocab_size}) = {math.log(vocab_size):.2f}, a de quem
     curve = sparkline([float(line.split(",")[5]) for line in trainer.log])
     print(f"\nloss de validação, do começo ao fim: {curve}\n"
           f"Agora veja o que o modelo escreve:\n{write}")
+
+
+def introduce(trainer, config):
+    """Diz o que vai ser feito, e com quê."""
+    train, val = (len(data.tokens) for data in (trainer.train_data, trainer.val_data))
+    vocab_size, per_step = trainer.tokenizer["vocab_size"], trainer.tokens_per_step
+    processes = f" em {trainer.world_size} processos" if trainer.world_size > 1 else ""
+    dtype, epochs = str(trainer.dtype)[6:], config.max_iters * per_step / train
+    fixed, activations = (size / 1e6 for size in trainer.memory())
+    print(f"""\
+máquina        {trainer.device.type}{processes}, contas em {dtype}
+modelo         {group(trainer.model.num_params())} parâmetros
+memória        {fixed + activations:.0f} MB, estimados: {fixed:.0f} de pesos, gradientes e otimizador,
+               {activations:.0f} de ativações; {device_memory(trainer.device)}
+dados          {config.dataset}: {group(train)} tokens de treino, {group(val)} de validação
+cada passo     {group(per_step)} tokens
+ao todo        {config.max_iters} passos, {epochs:.1f} voltas (epochs) no texto
+primeira loss  perto de ln({vocab_size}) = {math.log(vocab_size):.2f}, a de quem chuta""")
+    if trainer.step:
+        print(f"Continuo {trainer.last_path} do passo {trainer.step}.")
+
+
+def device_memory(device):
+    """Quanta memória o dispositivo tem, numa frase."""
+    if device.type == "cuda":
+        size = torch.cuda.get_device_properties(device).total_memory
+    elif device.type == "mps":
+        size = torch.mps.recommended_max_memory()
+    elif hasattr(os, "sysconf"):
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return "confira quanta a máquina tem"
+    return f"a máquina tem {size / 1e6:.0f} MB"
+
+
+def smaller_batch(config):
+    """O mesmo treino com menos memória: batches menores, mais vezes por passo."""
+    size = config.batch_size
+    if size == 1:
+        return "Diminua block_size, n_layer ou n_embd."
+    half = max(part for part in range(1, size) if size % part == 0)
+    times = config.gradient_accumulation_steps * size // half
+    options = f"--batch_size={half} --gradient_accumulation_steps={times}"
+    return f"O mesmo treino com menos memória: {options}"
 
 
 if __name__ == "__main__":

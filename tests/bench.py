@@ -1,4 +1,4 @@
-"""Mede a velocidade, sempre ao lado de um par e na mesma rodada: só as razões valem entre máquinas.
+"""Mede a velocidade ao lado de outro programa, na mesma rodada: entre máquinas, só a razão vale.
 
 python tests/bench.py
 """

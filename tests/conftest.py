@@ -94,7 +94,7 @@ def assert_short_error(result, *words, code=1):
 
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory):
-    """Uma pasta com data/contos/: as primeiras histórias do projeto, com 400 tokens."""
+    """Uma pasta com data/contos/: as primeiras histórias, com um vocabulário de 400 tokens."""
     folder = tmp_path_factory.mktemp("toy")
     text = (ROOT / "data" / "contos.txt").read_text(encoding="utf-8")
     (folder / "contos.txt").write_text(text[:60_000], encoding="utf-8")

@@ -24,7 +24,7 @@ SIZES = dict(block_size=24, vocab_size=61, n_layer=3, n_head=3, n_embd=27)  # me
 
 
 def make_model(seed=0, scale=1.0, **changes):
-    """Um modelo pequeno; scale > 1 aumenta os pesos, para que as contas não sejam quase lineares."""
+    """Um modelo pequeno; scale > 1 aumenta os pesos, para as contas não serem quase lineares."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(**SIZES | changes)).eval()
     with torch.no_grad():

@@ -287,10 +287,10 @@ def test_files_appear_whole_or_not_at_all(tmp_path):
     path = tmp_path / "arquivo"
     with prepare.whole_file(path) as file:
         file.write(b"antigo")
-    with pytest.raises(RuntimeError):
+    with pytest.raises(KeyError):
         with prepare.whole_file(path) as file:
             file.write(b"nov")
-            raise RuntimeError
+            raise KeyError
     assert path.read_bytes() == b"antigo"
     assert list(tmp_path.iterdir()) == [path]
 

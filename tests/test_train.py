@@ -1,6 +1,7 @@
 """train.py: os dados de cada passo, o otimizador, as opções, continuar, avaliar, e os erros."""
 
 import functools
+import hashlib
 import math
 import os
 import pty
@@ -67,18 +68,20 @@ def same_tensors(a, b):
 def numbers(tmp_path):
     """Um .bin em que cada token é a própria posição."""
 
-    def write(count):
-        np.arange(count, dtype="<u2").tofile(tmp_path / "a.bin")
-        return tmp_path / "a.bin"
+    def make(count, block_size, seed=0):
+        tokens = np.arange(count, dtype="<u2")
+        tokens.tofile(tmp_path / "a.bin")
+        split = {"tokens": count, "sha256": hashlib.sha256(tokens).hexdigest()}
+        return Tokens(tmp_path / "a.bin", split, 65536, block_size, seed)
 
-    return write
+    return make
 
 
 @pytest.mark.parametrize(
     "count, block_size", [(1000, 10), (1009, 10), (25, 10), (11, 10), (500, 1)]
 )
 def test_each_window_once_per_epoch(numbers, count, block_size):
-    data = Tokens(numbers(count), block_size, seed=7)
+    data = numbers(count, block_size, seed=7)
     offsets, orders = set(), set()
     for epoch in range(8):
         starts = data.starts(epoch)
@@ -92,7 +95,7 @@ def test_each_window_once_per_epoch(numbers, count, block_size):
 
 
 def test_batches_walk_through_the_epochs(numbers):
-    data = Tokens(numbers(1000), 10, seed=7)
+    data = numbers(1000, 10, seed=7)
     rows = torch.cat([data.batch(number, 3)[0] for number in range(data.windows)])  # 3 voltas
     for epoch in range(3):
         first = rows[epoch * data.windows : (epoch + 1) * data.windows, 0]
@@ -100,18 +103,17 @@ def test_batches_walk_through_the_epochs(numbers):
 
 
 def test_batch_is_a_pure_function_of_seed_and_number(numbers):
-    path = numbers(1000)
-    x, y = Tokens(path, 10, seed=7).batch(40, 4)
-    other = Tokens(path, 10, seed=7)
+    x, y = numbers(1000, 10, seed=7).batch(40, 4)
+    other = numbers(1000, 10, seed=7)
     other.batch(3, 4)
     assert torch.equal(other.batch(40, 4)[0], x)
-    assert not torch.equal(Tokens(path, 10, seed=8).batch(40, 4)[0], x)
+    assert not torch.equal(numbers(1000, 10, seed=8).batch(40, 4)[0], x)
     assert torch.equal(y, x + 1)  # o alvo é o token seguinte
     assert x.dtype == torch.int64 and x.shape == (4, 10)
 
 
 def test_evaluation_sees_all_of_a_small_text_and_spaced_windows_of_a_large_one(numbers):
-    data = Tokens(numbers(1005), 10)
+    data = numbers(1005, 10)
     starts = [row[0].item() for x, _ in data.fixed_batches(8, most=100) for row in x]
     assert starts == list(range(0, 1000, 10))
     starts = [row[0].item() for x, _ in data.fixed_batches(8, most=2) for row in x]
@@ -541,7 +543,7 @@ def test_progress_is_one_moving_line_in_a_terminal(workdir):
 
 def test_compiling_falls_back_to_the_model_itself(workdir, monkeypatch, capsys):
     trainer = toy_trainer()
-    batch = trainer.train_data.batch(0, 4)
+    batch, device = trainer.train_data.batch(0, 4), trainer.device
 
     def broken(model):
         def call(*arguments):
@@ -550,15 +552,16 @@ def test_compiling_falls_back_to_the_model_itself(workdir, monkeypatch, capsys):
         return call
 
     monkeypatch.setattr(torch, "compile", broken)
-    assert train.compile_model(trainer.model, batch, trainer.autocast) is trainer.model
+    assert train.compile_model(trainer.model, batch, trainer.autocast, device) is trainer.model
     assert "RuntimeError" in capsys.readouterr().out
 
 
 def test_compiled_model_trains_the_same_and_saves_the_same_names(workdir, monkeypatch):
     plain, compiled = toy_trainer(), toy_trainer()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    compiled.forward = train.compile_model(
-        compiled.model, compiled.train_data.batch(0, 4), compiled.autocast
+    batch = compiled.train_data.batch(0, 4)
+    compiled.forward = compiled.parallel = train.compile_model(
+        compiled.model, batch, compiled.autocast, compiled.device
     )
     assert compiled.forward is not compiled.model
     for _ in range(3):
