@@ -516,10 +516,12 @@ class Trainer:
 
         one = saved_bytes(1)
         each = saved_bytes(2) - one if config.batch_size > 1 else 0
-        copies = 4 if config.optimizer == "adamw" else 3  # peso, gradiente e uma ou duas médias
         logits = config.batch_size * config.block_size * self.tokenizer["vocab_size"]
         activations = one + (config.batch_size - 1) * each + 8 * logits
-        return 4 * copies * self.model.num_params(), activations
+        averages = sum(  # o Muon guarda uma média de cada gradiente; o AdamW, duas
+            p.numel() * (1 if isinstance(optimizer, Muon) else 2)
+            for optimizer in self.optimizers for g in optimizer.param_groups for p in g["params"])
+        return 4 * (2 * self.model.num_params() + averages), activations
 
     # --- avaliar
 
@@ -753,8 +755,8 @@ def introduce(trainer, config):
     print(f"""\
 máquina        {trainer.device.type}{processes}, contas em {dtype}
 modelo         {group(trainer.model.num_params())} parâmetros
-memória        {fixed + activations:.0f} MB, estimados: {fixed:.0f} de pesos, gradientes e otimizador,
-               {activations:.0f} de ativações; {device_memory(trainer.device)}
+memória        {fixed + activations:.0f} MB, estimados; {device_memory(trainer.device)}
+               ({fixed:.0f} de pesos, gradientes e otimizador, {activations:.0f} de ativações)
 dados          {config.dataset}: {group(train)} tokens de treino, {group(val)} de validação
 cada passo     {group(per_step)} tokens
 ao todo        {config.max_iters} passos, {epochs:.1f} voltas (epochs) no texto

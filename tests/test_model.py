@@ -110,6 +110,14 @@ def test_written_out_attention_equals_the_fast_one(T):
     assert torch.equal(weights, weights.tril())
 
 
+def test_written_out_attention_of_the_newest_token_alone():
+    q, k, v = torch.randn(3, 2, 3, 8, 9, generator=torch.Generator().manual_seed(0))
+    y, weights = attention(q, k, v)
+    newest, newest_weights = attention(q[:, :, -1:], k, v)  # como faz quem usa o cache
+    assert torch.allclose(newest, y[:, :, -1:], atol=1e-6)
+    assert torch.allclose(newest_weights, weights[:, :, -1:], atol=1e-6)
+
+
 def test_attention_weights_on_request_change_nothing():
     model = make_model(scale=3)
     idx = random_tokens(2, 24)

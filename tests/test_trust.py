@@ -373,7 +373,13 @@ def test_torchrun_asked_to_stop_saves(workdir):
     "shape",
     [
         ["--n_layer=1", "--n_embd=64", "--block_size=64", "--batch_size=6"],
-        ["--n_layer=4", "--n_embd=48", "--block_size=32", "--batch_size=3", "--dtype=bfloat16"],
+        [
+            "--n_embd=48",
+            "--block_size=32",
+            "--batch_size=3",
+            "--dtype=bfloat16",
+            "--optimizer=muon",
+        ],
         ["--n_layer=3", "--n_embd=32", "--block_size=128", "--batch_size=8", "--dropout=0.1"],
     ],
 )
@@ -395,12 +401,10 @@ def test_activations_are_what_autograd_saves(workdir, shape):
     loss.backward()
     trainer.compile()
     trainer.train_step()
-    tensors = [p for p in trainer.model.parameters()] + [p.grad for p in trainer.model.parameters()]
-    trainer.model.zero_grad()
     states = [t for o in trainer.optimizers for state in o.state.values() for t in state.values()]
     sizes = sum(p.nbytes for p in trainer.model.parameters()) * 2
     sizes += sum(t.nbytes for t in states if isinstance(t, torch.Tensor) and t.dim())
-    assert tensors and fixed == pytest.approx(sizes, rel=0.01)
+    assert fixed == pytest.approx(sizes, rel=0.01)
 
 
 @pytest.mark.parametrize(
