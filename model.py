@@ -257,7 +257,8 @@ def sample_token(logits, temperature=1.0, top_k=0, generator=None):
     """Escolhe um token por linha: notas (B, V) -> números (B,); argumentos como em generate."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # a maior vira 0: não estoura
     if top_k:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1): a k-ésima nota
         logits = logits.masked_fill(logits < kth, -math.inf)

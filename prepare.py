@@ -154,7 +154,7 @@ def find_files(inputs):
     files = []
     for path in map(Path, inputs):
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*.txt") if file.is_file())
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() == ".txt")
             if not found:
                 raise SystemExit(f"A pasta {path} não tem nenhum arquivo .txt.")
             files += found
@@ -162,7 +162,7 @@ def find_files(inputs):
             files.append(path)
         else:
             raise SystemExit(f"Não achei {path}. Confira o caminho dado em --input.")
-    return files
+    return list(dict.fromkeys(files))  # o mesmo arquivo, pedido duas vezes, entra uma
 
 
 def read_documents(files):
@@ -290,12 +290,20 @@ def token_sample(path):
 
 def read_meta(folder):
     """Lê o que prepare.py gravou em `folder`: devolve meta.json e o tokenizador completo."""
+    options = "" if folder.name == "contos" else f" --input SEU_TEXTO --name {quote(folder.name)}"
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         vocab = (folder / "vocab.tiktoken").read_text(encoding="utf-8")
+        tokenizer = meta["tokenizer"] | {"vocab": vocab}
+        build_encoding(tokenizer)
     except FileNotFoundError as error:
-        raise SystemExit(f"Não achei {error.filename}: rode `python prepare.py` primeiro.")
-    return meta, meta["tokenizer"] | {"vocab": vocab}
+        raise SystemExit(
+            f"Não achei {error.filename}: rode `python prepare.py{options}` primeiro.")
+    except (ValueError, TypeError, KeyError, AssertionError):
+        raise SystemExit(
+            f"meta.json ou vocab.tiktoken, em {folder}, está danificado: rode "
+            f"`python prepare.py{options}` de novo.")
+    return meta, tokenizer
 
 
 # ------------------------------------------------------------------------------------------------
@@ -357,6 +365,11 @@ def suggest(name, names):
     return f". Seria {nearest[0]}?" if nearest else ""
 
 
+def quote(text):
+    """Um nome para a linha de comando: entre aspas, se tem espaços ou sinais."""
+    return text if regex.fullmatch(r"[\w./-]+", text) else f'"{text}"'
+
+
 def show_progress(text, end="", plain=False):
     """Num terminal, reescreve sempre a mesma linha; num arquivo, só escreve se plain."""
     if sys.stdout.isatty():
@@ -374,6 +387,11 @@ def run(main):
     except KeyboardInterrupt:
         print("\nInterrompido.", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # quem lia a saída foi embora, como em `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except MemoryError:
+        raise SystemExit("Faltou memória: peça menos de uma vez.")
     except OSError as error:  # disco cheio, permissão negada...
         raise SystemExit(f"Erro do sistema: {error}")
 
@@ -432,7 +450,7 @@ def main(arguments=None):
     meta = {"source": [file.name for file in files], "val_fraction": options.val_fraction,
             "tokenizer": tokenizer, "splits": splits}
     with whole_file(folder / "meta.json") as file:
-        file.write(json.dumps(meta, ensure_ascii=False, indent=2).encode())
+        file.write(json.dumps(meta, indent=2).encode())
     report(folder, splits, encoding, next(read_documents(files)))
 
 
@@ -453,19 +471,19 @@ def report(folder, splits, encoding, example):
     train, val = splits["train"], splits["val"]
     total = {key: train[key] + val[key] for key in ("documents", "characters", "bytes", "tokens")}
     tokens = [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
+    longest = sorted(range(len(tokens)), key=lambda i: len(tokens[i]), reverse=True)[:8]
     tokens = [token.decode(errors="backslashreplace").replace("\n", "↵") for token in tokens]
-    longest = sorted(tokens, key=len, reverse=True)[:8]
     start = example[:60].rpartition(" ")[0] or example[:60]
     cut = [tokens[i] for i in encoding.encode_ordinary(start)]
-    name = folder.name
-    options = "" if name == "contos" else f" --dataset={name} --out_dir=out/{name}"
+    name, out = quote(folder.name), quote(f"out/{folder.name}")
+    options = "" if folder.name == "contos" else f" --dataset={name} --out_dir={out}"
     show_progress("", end="\r")
     print(f"""\
 documentos       {group(total["documents"])} ({group(val["documents"])} ficam para a validação)
 caracteres       {group(total["characters"])}
 tokens           {group(total["tokens"])}, de um vocabulário de {group(encoding.n_vocab)}
 bytes por token  {total["bytes"] / total["tokens"]:.2f}
-os mais longos   {"|".join(longest)}
+os mais longos   {"|".join(tokens[i] for i in longest)}
 um exemplo       {"|".join(cut)}
 
 Pronto: {folder}/ tem train.bin, val.bin, vocab.tiktoken e meta.json. Agora treine:

@@ -89,6 +89,8 @@ def main(arguments=None):
     for name, limit in least.items():
         if not getattr(options, name) >= limit:
             raise SystemExit(f"--{name} {getattr(options, name)} não serve: o mínimo é {limit}.")
+    if options.seed >= 2**32:
+        raise SystemExit(f"--seed {options.seed} não serve: o máximo é {2**32 - 1}.")
 
     start = read_start(options.start)
     device = choose_device(options.device)

@@ -35,7 +35,7 @@ from torch import distributed
 
 from model import GPT, GPTConfig, choose_device, choose_dtype, load_weights, read_checkpoint
 from prepare import (
-    build_encoding, group, parse_arguments, read_meta, run, show_progress, token_sample,
+    build_encoding, group, parse_arguments, quote, read_meta, run, show_progress, token_sample,
     whole_file)
 
 
@@ -114,13 +114,15 @@ def read_options(arguments=None):
     config = Config(**values)
     config.out_dir = config.out_dir or f"out/{Path(path).stem if path else 'gpt2'}"
 
-    from_zero = ("max_iters", "warmup_iters", "lr_decay_iters", "seed")
+    from_zero = ("warmup_iters", "lr_decay_iters", "seed")
     for name, kind in kinds.items():
         value, least = getattr(config, name), 0 if kind is float or name in from_zero else 1
-        if kind in (int, float) and not value >= least:
+        if kind in (int, float) and not least <= value < math.inf:
             raise SystemExit(f"{name} = {value} não serve: o mínimo é {least}.")
-    if config.dropout >= 1:
-        raise SystemExit(f"dropout = {config.dropout} não serve: use uma fração menor que 1.")
+        if name in ("dropout", "beta1", "beta2") and value >= 1:
+            raise SystemExit(f"{name} = {value} não serve: use uma fração menor que 1.")
+    if config.seed >= 2**32:
+        raise SystemExit(f"seed = {config.seed} não serve: o máximo é {2**32 - 1}.")
     if config.optimizer not in ("adamw", "muon"):
         raise SystemExit(f"optimizer = {config.optimizer!r} não existe: use 'adamw' ou 'muon'.")
     return config
@@ -137,7 +139,7 @@ def read_config_file(path):
     """As linhas `nome = valor` de um arquivo, como ["--nome=valor"]: lidas, nunca executadas."""
     arguments, number = [], 1
     try:
-        for line in ast.parse(Path(path).read_text(encoding="utf-8")).body:
+        for line in ast.parse(Path(path).read_text(encoding="utf-8-sig")).body:
             number = line.lineno
             (target,) = line.targets
             arguments.append(f"--{target.id}={ast.literal_eval(line.value)}")
@@ -320,6 +322,8 @@ class Trainer:
                    config.block_size, config.seed) for part in ("train", "val"))
         self.fingerprint = {part: split["sha256"] for part, split in self.meta["splits"].items()}
 
+        # quando o torchrun reinicia processos que caíram, é para continuar
+        self.restart = config.restart and restart_count() == 0
         checkpoint = self.find_checkpoint()
         torch.manual_seed(config.seed)  # para o sorteio dos pesos iniciais
         names = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
@@ -382,24 +386,31 @@ class Trainer:
         if self.rank == 0:
             for leftover in self.out.glob(".*.tmp"):  # de um treino interrompido à força
                 leftover.unlink()
-            # quando o torchrun reinicia processos que caíram, é para continuar
-            if config.restart and self.out.exists() and restart_count() == 0:
-                keep_old_run(self.out)
-        self.gather(0)  # os outros processos esperam aqui
-        if self.last_path.exists():
+        if self.last_path.exists() and not self.restart:
             try:
                 contents = read_checkpoint(self.last_path)
             except SystemExit as error:
                 raise SystemExit(f"{error}\nPara um treino novo, a partir do melhor modelo: "
                                  f"--init_from={best} --out_dir=OUTRA_PASTA")
+            if "optimizers" not in contents:
+                raise SystemExit(f"{self.last_path} é uma cópia de best.pt, e não basta para "
+                                 "continuar. Dê-lhe outro nome e use --init_from=NOME.pt")
             check_same_run(contents, config, self.tokenizer, self.fingerprint)
             return self.last_path, contents
+        if best.exists() and not self.restart:
+            raise SystemExit(f"{self.out} tem best.pt, mas não last.pt, e um treino novo o "
+                             "apagaria. Use outro --out_dir (e --init_from, para partir dele), ou "
+                             "--restart=True.")
         if config.init_from == "resume":
             raise SystemExit(f"Não há treino a continuar: falta {self.last_path}.")
         if config.init_from == "scratch":
             return None
         path = Path(config.init_from)
-        return path, read_checkpoint(path)
+        contents = read_checkpoint(path)
+        if contents["tokenizer"] != self.tokenizer:
+            raise SystemExit(f"{path} foi treinado com outro vocabulário que o de "
+                             f"data/{config.dataset}: os números dos tokens não querem dizer o mesmo.")
+        return path, contents
 
     def resume(self, contents):
         """Retoma o treino do ponto em que last.pt foi gravado."""
@@ -411,11 +422,15 @@ class Trainer:
         self.began -= contents["seconds"]
         if self.log_path.exists():  # o que veio depois deste passo vai ser refeito
             lines = self.log_path.read_text(encoding="utf-8").splitlines()[1:]
-            self.log = [line for line in lines if int(line.split(",")[0]) <= self.step]
+            self.log = [line for line in lines
+                        if re.match(r"\d+,", line) and int(line.split(",")[0]) <= self.step]
 
     def save(self, path, **more):
         """Grava um checkpoint inteiro; se algo falha no meio, o anterior fica como estava."""
         if self.rank == 0:
+            if not all(p.isfinite().all() for p in self.model.parameters()):
+                raise SystemExit(f"Passo {self.step}: há pesos que deixaram de ser números. {path} "
+                                 "ficou como estava. Tente uma learning_rate menor.")
             contents = {
                 "model": self.model.state_dict(), "model_config": self.model_config,
                 "tokenizer": self.tokenizer, "step": self.step, "config": asdict(self.config)}
@@ -563,13 +578,14 @@ class Trainer:
                 stop_token=self.encoding.eot_token, generator=random)
             ids = [token.item() for token in tokens]
         self.model.train()
-        return prompt + self.encoding.decode(ids).replace("\n", " ")
+        return prompt + self.encoding.decode(ids, errors="ignore").replace("\n", " ")
 
     def log_evaluation(self):
         """Avalia, acrescenta uma linha a log.csv, mostra um texto e guarda o melhor modelo."""
         if self.log and self.log[-1].startswith(f"{self.step},"):
             return  # já feita, antes de uma parada
         train_loss, val_loss, val_bpb = self.evaluate()
+        self.check_finite(torch.tensor(val_loss), torch.tensor(0.0))
         seconds = time.perf_counter() - self.began
         rate = self.config.learning_rate * lr_factor(self.step, self.config)
         self.log.append(f"{self.step},{self.step * self.tokens_per_step},{seconds:.1f},{rate:.3e},"
@@ -594,6 +610,8 @@ class Trainer:
     def train(self):
         """Treina até max_iters ou até um pedido para parar; devolve o sinal recebido, ou 0."""
         config = self.config
+        if self.restart and self.rank == 0 and self.out.exists():
+            keep_old_run(self.out)
         request = StopRequest()
         mark, mark_step = time.perf_counter(), self.step
         while True:
@@ -679,6 +697,8 @@ def check_same_run(contents, config, tokenizer, fingerprint):
             "\n    ".join([f"O treino guardado em {config.out_dir} é outro:", *refused])
             + "\nPara um treino novo, use --out_dir=OUTRA_PASTA, ou --restart=True (o antigo fica "
             "guardado com outro nome). Para continuar o antigo, desfaça a mudança.")
+    if config.init_from not in ("scratch", "resume", old["init_from"]):
+        print("init_from só vale para um treino novo: este continua de last.pt.")
     for name in sorted(old.keys() - FREE):
         if old[name] != new[name]:
             print(f"Mudou desde a última vez: {name}, de {old[name]!r} para {new[name]!r}.")
@@ -714,26 +734,31 @@ def duration(seconds):
 
 def main(arguments=None):
     config = read_options(arguments)
-    trainer = Trainer(config)
-    step, last_path = trainer.step, trainer.last_path
-    write = f'    python sample.py --out_dir={trainer.out} --start "{config.sample_prompt}"'
-    if step >= config.max_iters and not config.eval_only:
-        print(f"Este treino já terminou, com {step} passos. Veja o que ele escreve:\n{write}\n"
-              f"ou treine mais, com a mesma linha e --max_iters={2 * step}")
-        return
     try:
-        introduce(trainer, config)
-        trainer.compile()
-        if config.eval_only:
-            train_loss, val_loss, val_bpb = trainer.evaluate()
-            print(f"passo {step} | treino {train_loss:.4f} | validação {val_loss:.4f} | "
-                  f"{val_bpb:.4f} bits por byte")
-            return
-        stopped_by = trainer.train()
+        train_and_report(config)
     except RuntimeError as error:  # o torch não tem um tipo de erro só para a falta de memória
         if "memory" not in str(error):
             raise
         raise SystemExit(f"Faltou memória. {smaller_batch(config)}")
+
+
+def train_and_report(config):
+    trainer = Trainer(config)
+    step, last_path = trainer.step, trainer.last_path
+    out, prompt = quote(str(trainer.out)), config.sample_prompt
+    write = f'    python sample.py --out_dir={out} --start "{prompt}"'
+    if step >= config.max_iters and not config.eval_only:
+        print(f"Este treino já terminou, com {step} passos. Veja o que ele escreve:\n{write}\n"
+              f"ou treine mais, com a mesma linha e --max_iters={2 * step}")
+        return
+    introduce(trainer, config)
+    trainer.compile()
+    if config.eval_only:
+        train_loss, val_loss, val_bpb = trainer.evaluate()
+        print(f"passo {step} | treino {train_loss:.4f} | validação {val_loss:.4f} | "
+              f"{val_bpb:.4f} bits por byte")
+        return
+    stopped_by = trainer.train()
     if trainer.world_size > 1:
         distributed.destroy_process_group()
     if stopped_by:

@@ -469,3 +469,51 @@ def test_a_moved_folder_continues(workdir):
     (workdir / "out/t").rename(workdir / "out/mudou")
     output = run_main("train.py", *TOY, "--out_dir=out/mudou", "--max_iters=4", cwd=workdir).stdout
     assert "Continuo out/mudou/last.pt do passo 2." in output
+
+
+def test_what_existed_is_never_lost(workdir):
+    run_toy(workdir, "--max_iters=4")
+    best = (workdir / "out/t/best.pt").read_bytes()
+    # pesos que deixaram de ser números não tomam o lugar dos bons
+    last = (workdir / "out/t/last.pt").read_bytes()
+    trainer = toy_trainer("--max_iters=8")
+    with torch.no_grad():
+        trainer.model.wte.weight[0, 0] = math.nan
+    with pytest.raises(SystemExit, match="ficou como estava"):
+        trainer.save_last()
+    assert (workdir / "out/t/last.pt").read_bytes() == last
+    # um restart que não pode dar certo não tira o treino do lugar
+    options = ["--restart=True", "--n_head=3"]
+    assert_short_error(run_toy(workdir, *options, check=False), "n_head = 3")
+    assert (workdir / "out/t/last.pt").exists()
+    # best.pt no lugar de last.pt, ou sem last.pt
+    (workdir / "out/t/last.pt").write_bytes(best)
+    assert_short_error(run_toy(workdir, check=False), "cópia de best.pt", "--init_from")
+    (workdir / "out/t/last.pt").unlink()
+    assert_short_error(run_toy(workdir, "--max_iters=1", check=False), "best.pt", "--out_dir")
+    assert (workdir / "out/t/best.pt").read_bytes() == best
+
+
+def test_init_from_another_vocabulary_is_refused(workdir):
+    run_toy(workdir, "--max_iters=1")
+    text = "Outro texto, com outras palavras e outra ordem delas. " * 200
+    (workdir / "b.txt").write_text(text, encoding="utf-8")
+    run_main("prepare.py", "--input", "b.txt", "--vocab_size=300", cwd=workdir)
+    options = ["--dataset=b", "--init_from=out/t/best.pt"]
+    assert_short_error(run_toy(workdir, *options, out="out/b", check=False), "outro vocabulário")
+
+
+@pytest.mark.parametrize("name", ["meta.json", "vocab.tiktoken"])
+@pytest.mark.parametrize("change", [lambda text: "", lambda text: text[: len(text) // 2]])
+def test_damaged_description_of_the_data(workdir, name, change):
+    path = workdir / "data/contos" / name
+    path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
+    assert_short_error(run_toy(workdir, check=False), "data/contos", "prepare.py")
+
+
+def test_a_log_edited_by_hand_does_not_stop_the_run(workdir):
+    run_toy(workdir, "--max_iters=2")
+    with open(workdir / "out/t/log.csv", "a", encoding="utf-8") as file:
+        file.write("\nanotação minha; 3\n")
+    run_toy(workdir, "--max_iters=4")
+    assert [row[0] for row in log_rows(workdir / "out/t")] == ["step", "0", "2", "4"]
