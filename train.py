@@ -397,7 +397,8 @@ class Trainer:
                                  "continuar. Dê-lhe outro nome e use --init_from=NOME.pt")
             check_same_run(contents, config, self.tokenizer, self.fingerprint)
             return self.last_path, contents
-        if best.exists() and not self.restart:
+        # (um best.pt do passo 0 não ensinou nada: o treino caiu logo depois de começar)
+        if best.exists() and not self.restart and read_checkpoint(best)["step"] > 0:
             raise SystemExit(f"{self.out} tem best.pt, mas não last.pt, e um treino novo o "
                              "apagaria. Use outro --out_dir (e --init_from, para partir dele), ou "
                              "--restart=True.")
@@ -408,8 +409,8 @@ class Trainer:
         path = Path(config.init_from)
         contents = read_checkpoint(path)
         if contents["tokenizer"] != self.tokenizer:
-            raise SystemExit(f"{path} foi treinado com outro vocabulário que o de "
-                             f"data/{config.dataset}: os números dos tokens não querem dizer o mesmo.")
+            raise SystemExit(f"{path} foi treinado com outro vocabulário que o de data/"
+                             f"{config.dataset}: os mesmos números seriam outros tokens.")
         return path, contents
 
     def resume(self, contents):

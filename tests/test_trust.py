@@ -494,6 +494,13 @@ def test_what_existed_is_never_lost(workdir):
     assert (workdir / "out/t/best.pt").read_bytes() == best
 
 
+def test_killed_between_the_first_two_files_it_starts_again(workdir):
+    trainer = toy_trainer()
+    trainer.log_evaluation()  # grava best.pt do passo 0, e cai antes do primeiro last.pt
+    assert {file.name for file in trainer.out.iterdir()} == {"best.pt", "log.csv"}
+    run_toy(workdir, "--max_iters=2")
+
+
 def test_init_from_another_vocabulary_is_refused(workdir):
     run_toy(workdir, "--max_iters=1")
     text = "Outro texto, com outras palavras e outra ordem delas. " * 200
