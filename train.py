@@ -586,7 +586,9 @@ class Trainer:
         if self.log and self.log[-1].startswith(f"{self.step},"):
             return  # já feita, antes de uma parada
         train_loss, val_loss, val_bpb = self.evaluate()
-        self.check_finite(torch.tensor(val_loss), torch.tensor(0.0))
+        if not math.isfinite(val_loss):
+            raise SystemExit(f"Passo {self.step}: a loss de validação deixou de ser um número. "
+                             "Tente uma learning_rate menor.")
         seconds = time.perf_counter() - self.began
         rate = self.config.learning_rate * lr_factor(self.step, self.config)
         self.log.append(f"{self.step},{self.step * self.tokens_per_step},{seconds:.1f},{rate:.3e},"
@@ -785,10 +787,12 @@ memória        {fixed + activations:.0f} MB, estimados; {device_memory(trainer.
                ({fixed:.0f} de pesos, gradientes e otimizador, {activations:.0f} de ativações)
 dados          {config.dataset}: {group(train)} tokens de treino, {group(val)} de validação
 cada passo     {group(per_step)} tokens
-ao todo        {config.max_iters} passos, {epochs:.1f} voltas (epochs) no texto
-primeira loss  perto de ln({vocab_size}) = {math.log(vocab_size):.2f}, a de quem chuta""")
+ao todo        {config.max_iters} passos, {epochs:.1f} voltas (epochs) no texto""")
     if trainer.step:
         print(f"Continuo {trainer.last_path} do passo {trainer.step}.")
+    elif config.init_from == "scratch":
+        guess = math.log(vocab_size)
+        print(f"primeira loss  perto de ln({vocab_size}) = {guess:.2f}, a de quem chuta")
 
 
 def device_memory(device):
