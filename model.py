@@ -321,12 +321,13 @@ def has_native_bf16(device):
 # O checkpoint: o modelo guardado em disco
 
 
-def read_checkpoint(path):
+def read_checkpoint(path, *needed):
     """Lê um checkpoint .pt e devolve o dicionário que train.py guardou, com os tensores na CPU.
 
     Um arquivo .pt é um zip: a soma de verificação (CRC) de cada parte é conferida antes. Só entram
     tensores e tipos simples (weights_only=True): um arquivo alheio não consegue executar nada.
-    Um arquivo ausente, danificado ou que não é um checkpoint encerra com mensagem.
+    Um arquivo ausente, danificado ou sem as partes necessárias (o modelo e o que mais se pede em
+    needed) encerra com mensagem.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -334,8 +335,9 @@ def read_checkpoint(path):
         if damaged:
             raise zipfile.BadZipFile(damaged)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict) or not {"model", "model_config"} <= checkpoint.keys():
-            raise ValueError("faltam model e model_config")
+        for key in ("model", "model_config", *needed):
+            if key not in checkpoint:
+                raise ValueError(f"falta {key}")
         return checkpoint
     except FileNotFoundError:
         raise SystemExit(f"Não achei {path}. Treine primeiro: python train.py config/tiny.py")

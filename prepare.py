@@ -355,7 +355,8 @@ def parse_arguments(parser, arguments=None):
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         name = unknown[0].lstrip("-").partition("=")[0]
-        parser.error(f"não conheço {unknown[0]!r}{suggest(name, vars(options))}")
+        names = regex.findall(r"--(\w+)", parser.format_help())
+        parser.error(f"não conheço {unknown[0]!r}{suggest(name, names)}")
     return options
 
 
@@ -493,6 +494,14 @@ Pronto: {folder}/ tem train.bin, val.bin, vocab.tiktoken e meta.json. Agora trei
 def group(number):
     """Um número grande em grupos de três algarismos: group(1234567) -> "1 234 567"."""
     return f"{number:,}".replace(",", " ")
+
+
+def duration(seconds):
+    """Um tempo fácil de ler: duration(200) -> "3min20s"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}min{seconds:02}s"
+    return f"{minutes // 60}h{minutes % 60:02}min"
 
 
 if __name__ == "__main__":

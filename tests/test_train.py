@@ -410,7 +410,7 @@ def test_another_run_in_the_same_folder_is_refused(workdir):
         "--restart=True",
     )
     run_main("prepare.py", "--vocab_size=300", cwd=workdir)
-    assert_short_error(run_toy(workdir, check=False), "o vocabulário é outro")
+    assert_short_error(run_toy(workdir, check=False), "vocabulário: era", "train.bin: era")
     assert (workdir / "out/t/last.pt").read_bytes() == before
 
 
@@ -497,7 +497,7 @@ def test_it_learns_and_says_what_it_does(workdir):
         workdir, "--max_iters=60", "--eval_interval=30", "--optimizer=muon", "--bias=False"
     ).stdout
     for words in (
-        "cpu, contas em float32",
+        "1 × cpu, contas em float32",
         "parâmetros",
         "ln(400) = 5.99",
         "tokens/s",
@@ -541,9 +541,17 @@ def test_progress_is_one_moving_line_in_a_terminal(workdir):
     assert len(moving) == 1 and moving[0].count("\r") >= 20
 
 
+def pretend_cuda(trainer):
+    """Faz o treino achar que a CPU é cuda, onde a compilação acontece."""
+
+    class Device(str):
+        type = "cuda"
+
+    trainer.device = Device("cpu")
+
+
 def test_compiling_falls_back_to_the_model_itself(workdir, monkeypatch, capsys):
     trainer = toy_trainer()
-    batch, device = trainer.train_data.batch(0, 4), trainer.device
 
     def broken(model):
         def call(*arguments):
@@ -552,23 +560,24 @@ def test_compiling_falls_back_to_the_model_itself(workdir, monkeypatch, capsys):
         return call
 
     monkeypatch.setattr(torch, "compile", broken)
-    assert train.compile_model(trainer.model, batch, trainer.autocast, device) is trainer.model
+    pretend_cuda(trainer)
+    trainer.compile()
+    assert trainer.forward is trainer.parallel is trainer.model
     assert "RuntimeError" in capsys.readouterr().out
 
 
 def test_compiled_model_trains_the_same_and_saves_the_same_names(workdir, monkeypatch):
     plain, compiled = toy_trainer(), toy_trainer()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    batch = compiled.train_data.batch(0, 4)
-    compiled.forward = compiled.parallel = train.compile_model(
-        compiled.model, batch, compiled.autocast, compiled.device
-    )
+    pretend_cuda(compiled)
+    compiled.compile()
     assert compiled.forward is not compiled.model
     for _ in range(3):
         plain.train_step(), compiled.train_step()
     assert (weights(plain) - weights(compiled)).abs().max() < 1e-4
     compiled.save_last()
-    assert read_checkpoint(compiled.last_path)["model"].keys() == plain.model.state_dict().keys()
+    saved = read_checkpoint(compiled.out / "last.pt")
+    assert saved["model"].keys() == plain.model.state_dict().keys()
 
 
 def test_sparkline_and_duration():

@@ -262,7 +262,7 @@ def test_a_diverging_run_keeps_the_last_good_checkpoint(workdir):
     result = run_toy(
         workdir,
         "--max_iters=60",
-        "--learning_rate=1e30",
+        "--learning_rate=1e9",
         "--grad_clip=0",
         "--save_interval=1000",
         check=False,
@@ -323,7 +323,7 @@ def test_two_processes_train_as_one(workdir):
         start(workdir, *options, out="out/dois", command=(*TORCHRUN, "--nproc_per_node=2"))
     )
     assert result == 0, output
-    assert "em 2 processos" in output and output.count("passo 12/12") == 1
+    assert "2 × cpu" in output and output.count("passo 12/12") == 1
     run_toy(workdir, *options, out="out/um")
     one, two = (read_checkpoint(workdir / name / "last.pt") for name in ("out/um", "out/dois"))
     for a, b in zip(log_rows(workdir / "out/um")[1:], log_rows(workdir / "out/dois")[1:]):
@@ -385,7 +385,7 @@ def test_torchrun_asked_to_stop_saves(workdir):
             "--dtype=bfloat16",
             "--optimizer=muon",
         ],
-        ["--n_layer=3", "--n_embd=32", "--block_size=128", "--batch_size=8", "--dropout=0.1"],
+        ["--n_layer=3", "--n_embd=32", "--block_size=128", "--batch_size=8"],
     ],
 )
 def test_activations_are_what_autograd_saves(workdir, shape):
@@ -493,10 +493,10 @@ def test_what_existed_is_never_lost(workdir):
     assert (workdir / "out/t/last.pt").exists()
     # best.pt no lugar de last.pt, ou sem last.pt
     (workdir / "out/t/last.pt").write_bytes(best)
-    assert_short_error(run_toy(workdir, check=False), "cópia de best.pt", "--init_from")
+    assert_short_error(run_toy(workdir, check=False), "falta optimizers", "--init_from")
     (workdir / "out/t/last.pt").unlink()
-    assert_short_error(run_toy(workdir, "--max_iters=1", check=False), "best.pt", "--out_dir")
-    assert (workdir / "out/t/best.pt").read_bytes() == best
+    assert "out/t.1" in run_toy(workdir, "--max_iters=1").stdout
+    assert (workdir / "out/t.1/best.pt").read_bytes() == best
 
 
 def test_killed_between_the_first_two_files_it_starts_again(workdir):
@@ -504,6 +504,7 @@ def test_killed_between_the_first_two_files_it_starts_again(workdir):
     trainer.log_evaluation()  # grava best.pt do passo 0, e cai antes do primeiro last.pt
     assert {file.name for file in trainer.out.iterdir()} == {"best.pt", "log.csv"}
     run_toy(workdir, "--max_iters=2")
+    assert read_checkpoint(workdir / "out/t/last.pt")["step"] == 2
 
 
 def test_init_from_another_vocabulary_is_refused(workdir):
@@ -523,7 +524,7 @@ def test_damaged_description_of_the_data(workdir, name, change):
     assert_short_error(run_toy(workdir, check=False), "data/contos", "prepare.py")
 
 
-def test_a_log_edited_by_hand_does_not_stop_the_run(workdir):
+def test_the_log_is_made_anew_from_the_checkpoint(workdir):
     run_toy(workdir, "--max_iters=2")
     with open(workdir / "out/t/log.csv", "a", encoding="utf-8") as file:
         file.write("\nanotação minha; 3\n")
