@@ -386,7 +386,10 @@ class Trainer:
                   best_val_loss=self.best_val_loss, seconds=time.perf_counter() - self.began)
 
     def memory(self):
-        """Uma estimativa, em bytes, do que um passo ocupa: (o que é fixo, as ativações)."""
+        """Uma estimativa, em bytes, do que um passo ocupa: (o que é fixo, as ativações).
+
+        O dropout não entra; na CPU, ele faz a atenção guardar também os pesos dela, (B, nh, T, T).
+        """
         config, size = self.config, self.dtype.itemsize
         # o Muon guarda uma média de cada gradiente; o AdamW, duas
         averages = sum(p.numel() * (1 if isinstance(optimizer, Muon) else 2)
