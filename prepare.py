@@ -11,24 +11,34 @@ palavra merecem um número (o vocabulário) e grava tudo em data/NOME/:
 Como rodar:
 
     python prepare.py                              prepara as histórias que vêm com o projeto
-    python prepare.py --input livro.txt poemas/    prepara os seus textos (UTF-8)
+    python prepare.py --input livro.txt poemas/    prepara os seus textos
+    python prepare.py --dataset machado            baixa e prepara Machado de Assis
 """
 
 import argparse
 import base64
+import codecs
 import difflib
+import gzip
 import hashlib
 import heapq
+import io
 import json
+import math
 import os
 import sys
-from collections import Counter, defaultdict
+import time
+import zipfile
+import zlib
+from collections import Counter, defaultdict, deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import regex
+import requests
 import tiktoken
 
 # ------------------------------------------------------------------------------------------------
@@ -130,33 +140,53 @@ def build_encoding(tokenizer):
     )
 
 
-def gpt2_ranks():
-    """O vocabulário do GPT-2 (50.256 tokens, aprendidos em inglês), baixado pelo tiktoken."""
+def make_vocabulary(sample, size):
+    """Aprende um vocabulário com os textos de uma amostra; devolve o tokenizador."""
+    counts = Counter()
+    for text in sample:
+        for word in regex.findall(PATTERN, text):
+            # uma "palavra" enorme, como uma sequência de DNA, conta em pedaços: aprende-se depressa
+            counts.update(word[i : i + 100] for i in range(0, len(word), 100))
+    places = size - 1  # o último lugar é do <|endoftext|>
+    ranks = train_bpe(counts, places, lambda n: show_progress(f"{n} de {places} tokens aprendidos"))
+    if len(ranks) < places:
+        print(f"O texto é pequeno: só rendeu {len(ranks) + 1} tokens, e não os {size} pedidos.")
+    return make_tokenizer("bpe", ranks)
+
+
+def gpt2_tokenizer():
+    """O vocabulário do GPT-2 (50.257 tokens, aprendidos em inglês), baixado pelo tiktoken."""
     try:
         encoding = tiktoken.get_encoding("gpt2")
     except OSError as error:  # sem rede
         raise SystemExit(
             f"Não consegui baixar o vocabulário do GPT-2 ({type(error).__name__}). Use um "
             "próprio (--tokenizer bpe), ou aponte TIKTOKEN_CACHE_DIR para uma pasta que o tenha.")
-    return {encoding.decode_single_token_bytes(i): i for i in range(encoding.eot_token)}
+    ranks = {encoding.decode_single_token_bytes(i): i for i in range(encoding.eot_token)}
+    return make_tokenizer("gpt2", ranks)
 
 
 # ------------------------------------------------------------------------------------------------
 # O texto: de arquivos a documentos, de documentos a treino e validação
 
 CORPUS = Path(__file__).with_name("data") / "contos.txt"
+READABLE = (".txt", ".md", ".jsonl", ".json")
 LONGEST = 64 * 1024  # em caracteres: um documento maior que isto é cortado em vários
 MIN_TEXT = 1000  # em caracteres: menos que isto não ensina nada
+SAMPLE = 20e6  # em bytes: o vocabulário se aprende com o começo do texto, até este tamanho
+SEPARATOR = regex.compile(rf"(?<=^[ \t]*){regex.escape(END_OF_TEXT)}[ \t]*\n", regex.MULTILINE)
 
 
 def find_files(inputs):
-    """Os arquivos pedidos, e os .txt das pastas pedidas, em ordem de nome."""
+    """Os arquivos pedidos, e os que se sabe ler nas pastas pedidas, em ordem de nome."""
     files = []
+    known = (*READABLE, *(suffix + ".gz" for suffix in READABLE), ".zip")
     for path in map(Path, inputs):
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() == ".txt")
+            found = sorted(file for file in path.rglob("*") if file.name.lower().endswith(known))
             if not found:
-                raise SystemExit(f"A pasta {path} não tem nenhum arquivo .txt.")
+                raise SystemExit(f"A pasta {path} não tem nenhum arquivo {', '.join(READABLE)}, "
+                                 ".gz ou .zip.")
             files += found
         elif path.is_file():
             files.append(path)
@@ -165,118 +195,189 @@ def find_files(inputs):
     return list(dict.fromkeys(files))  # o mesmo arquivo, pedido duas vezes, entra uma
 
 
-def read_documents(files):
-    """Lê os textos e gera os documentos, um por vez, sem as linhas vazias das pontas.
+class Corpus:
+    """Os documentos de alguns arquivos, lidos um por vez: nunca o texto todo na memória.
 
-    Uma linha que só tem <|endoftext|> separa documentos; o fim do arquivo também. Um documento com
-    mais de LONGEST caracteres sai em vários, cortado de preferência em fins de parágrafo.
+    Num texto, uma linha que só tem <|endoftext|> separa documentos, e o fim do arquivo também; num
+    .jsonl, cada linha é um. Um documento com mais de LONGEST caracteres sai em vários, cortado de
+    preferência em fins de parágrafo. options: encoding, text_field, max_mb e source, a fonte.
     """
-    for path in files:
-        for document in read_file(path):
-            document = document.strip("\n")
-            if document:
-                yield document
+
+    def __init__(self, files, options):
+        self.files, self.options = files, options
+        self.total = sum(path.stat().st_size for path in files)
+
+    def __iter__(self):
+        """Gera pares (documento, hash); self.share diz que fração do texto já foi lida."""
+        before, size, limit = 0, 0, self.options.max_mb * 1e6
+        for path in self.files:
+            with open(path, "rb") as raw:
+                for text in self.texts(path, raw):
+                    for piece in cut(text):
+                        data = piece.strip("\n").encode(errors="replace")
+                        if data:
+                            size += len(data)
+                            self.share = max((before + raw.tell()) / self.total, size / limit)
+                            yield data.decode(), content_hash(data)
+                        if size >= limit:
+                            return
+            before += path.stat().st_size
+
+    def texts(self, path, raw):
+        """Gera os textos de um arquivo, descomprimido, ou de cada membro de um .zip."""
+        try:
+            if path.suffix.lower() == ".zip":
+                wanted = self.options.source.get("members", "")
+                with zipfile.ZipFile(raw) as archive:
+                    for name in sorted(archive.namelist()):
+                        if name.lower().endswith(READABLE) and regex.match(wanted, name):
+                            with archive.open(name) as file:
+                                yield from self.read(f"{path}/{name}", file)
+            elif regex.search(r"\.gz(\.part)?$", path.name.lower()):
+                with gzip.open(raw) as file:
+                    yield from self.read(str(path), file)
+            else:
+                yield from self.read(str(path), raw)
+        except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, RuntimeError) as error:
+            if path.suffix != ".part":  # um download que parou onde se pediu acaba no meio
+                raise SystemExit(f"{path} está danificado ou tem senha ({error}).")
+
+    def read(self, name, file):
+        """Gera os textos de um arquivo aberto, inteiros ou em trechos."""
+        encoding, clean = self.options.encoding, self.options.source.get("clean")
+        if regex.search(r"\.jsonl?(\.gz)?(\.part)?$", name.lower()):
+            yield from self.read_json(name, file)
+        elif clean:
+            yield clean(file.read().decode(encoding))
+        else:
+            text = ""
+            for chunk in decode(name, file, encoding):
+                *documents, text = SEPARATOR.split(text + chunk)
+                yield from documents
+                *pieces, text = cut(text)
+                yield from pieces
+            yield from SEPARATOR.split(text + "\n")
+
+    def read_json(self, name, file):
+        """Gera os textos de um .jsonl: o campo text_field do objeto JSON de cada linha."""
+        for number, line in enumerate(file, 1):
+            try:
+                yield json.loads(line.decode(self.options.encoding))[self.options.text_field] + ""
+            except (ValueError, KeyError, TypeError):
+                if line.endswith(b"\n") and line.strip() or not name.endswith(".part"):
+                    raise SystemExit(
+                        f"{name}, linha {number}: não é um objeto JSON com um texto no campo "
+                        f"{self.options.text_field!r}. Diga o nome do campo com --text_field.")
 
 
-def read_file(path):
-    """Gera os documentos de um arquivo; no máximo dois trechos de LONGEST ficam na memória."""
-    text = ""
-    try:
-        # utf-8-sig aceita a marca (BOM) que o Windows põe no começo; \r\n é lido como \n
-        with open(path, encoding="utf-8-sig") as file:
-            while line := file.readline(LONGEST):
-                if line.strip() == END_OF_TEXT and text[-1:] in ("", "\n"):
-                    yield text
-                    text = ""
-                    continue
-                text += line
-                while len(text) > LONGEST:
-                    end = find_break(text, LONGEST)
-                    yield text[:end]
-                    text = text[end:]
-    except UnicodeDecodeError:
-        raise SystemExit(
-            f"{path} não está em UTF-8: o byte na posição {bad_byte(path)} não faz sentido. "
-            "Abra-o num editor de texto e salve-o como UTF-8.")
-    yield text
+def decode(name, file, encoding):
+    """Gera o texto de um arquivo em bytes, em trechos de 1 MiB; \\r\\n vira \\n."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    newlines = io.IncrementalNewlineDecoder(None, translate=True)
+    offset = 0
+    while chunk := file.read(2**20):
+        before = len(decoder.getstate()[0])  # o começo de uma letra cortada entre dois trechos
+        if offset == 0 and chunk.startswith(codecs.BOM_UTF8):  # a marca que o Windows põe
+            chunk, offset = chunk[3:], 3
+        try:
+            final = len(chunk) < 2**20 - 3 and not name.endswith(".part")
+            yield newlines.decode(decoder.decode(chunk, final))
+        except UnicodeDecodeError as error:
+            raise SystemExit(
+                f"{name} não está em {encoding}: o byte na posição {offset - before + error.start} "
+                "não faz sentido. Textos antigos do Windows pedem --encoding cp1252.")
+        offset += len(chunk)
 
 
-def find_break(text, limit):
+def cut(text):
+    """Corta um texto longo em trechos de até LONGEST caracteres; o último fica com o resto."""
+    start = 0
+    while len(text) - start > LONGEST:
+        end = find_break(text, start, start + LONGEST)
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def find_break(text, start, limit):
     """Onde cortar: o último fim de parágrafo, linha, frase ou palavra pouco antes de `limit`."""
     for mark in ("\n\n", "\n", ". ", " "):
-        position = text.rfind(mark, limit * 4 // 5, limit)
+        position = text.rfind(mark, start + (limit - start) * 4 // 5, limit)
         if position >= 0:
             return position + len(mark)
     return limit
 
 
-def bad_byte(path):
-    """A posição do primeiro byte de um arquivo que não é UTF-8, contada desde 0."""
-    offset = 0
-    with open(path, "rb") as file:
-        for line in file:
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                return offset + error.start
-            offset += len(line)
+def content_hash(data):
+    """Um número inteiro de 0 a 2**64 - 1, sempre o mesmo para os mesmos bytes."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
 
 
-def val_limit(documents, val_fraction):
-    """O limite do hash abaixo do qual um documento é de validação; None se há um documento só.
+def read_sample(corpus, val_fraction):
+    """Lê o começo do texto: devolve (documentos de treino, limite do hash para a validação).
 
-    Para que nenhum lado fique vazio, o limite vai, se preciso, até o documento mais próximo.
+    Um documento é de validação se o seu hash fica abaixo do limite, um sorteio que sempre dá o
+    mesmo resultado: ele fica do mesmo lado mesmo que outros entrem ou saiam, e duas cópias nunca se
+    separam. Num texto pequeno, para que nenhum lado fique vazio, o limite vai até o documento mais
+    próximo. Um limite None quer dizer que há um documento só.
     """
-    lowest, highest, size = 2**64, -1, 0
-    for document in documents:
-        number = content_hash(document)
-        lowest, highest, size = min(lowest, number), max(highest, number), size + len(document)
-    if size < MIN_TEXT:
-        raise SystemExit(f"O texto tem só {size} caracteres; são precisos pelo menos {MIN_TEXT}.")
-    if lowest == highest:
-        return None
-    return min(max(int(val_fraction * 2**64), lowest + 1), highest)
+    sample, size, limit = [], 0, int(val_fraction * 2**64)
+    for document, number in corpus:
+        sample.append((document, number))
+        size += len(document)
+        if size > SAMPLE:
+            break
+    else:
+        if size < MIN_TEXT:
+            raise SystemExit(f"O texto tem só {size} caracteres; são precisos pelo menos "
+                             f"{MIN_TEXT}.")
+        numbers = [number for _, number in sample]
+        if min(numbers) == max(numbers):
+            limit = None
+        else:
+            limit = min(max(limit, min(numbers) + 1), max(numbers))
+    parts = split_documents(sample, limit, val_fraction)
+    return [document for part, document in parts if part == "train"], limit
 
 
 def split_documents(documents, limit, val_fraction):
-    """Gera pares (parte, documento), em que a parte é "train" ou "val".
-
-    Quem decide é um hash do conteúdo, um sorteio que sempre dá o mesmo resultado: um documento fica
-    do mesmo lado mesmo que outros entrem ou saiam, e duas cópias dele nunca se separam.
-    """
-    for document in documents:
+    """Gera pares (parte, documento), em que a parte é "train" ou "val"."""
+    for document, number in documents:
         if limit is None:  # um documento só: o fim dele vira a validação
-            end = find_break(document, int(len(document) * (1 - val_fraction)))
+            end = find_break(document, 0, int(len(document) * (1 - val_fraction)))
             yield "train", document[:end].strip("\n")
             yield "val", document[end:].strip("\n")
         else:
-            yield "val" if content_hash(document) < limit else "train", document
+            yield "val" if number < limit else "train", document
 
 
-def content_hash(text):
-    """Um número inteiro de 0 a 2**64 - 1, sempre o mesmo para o mesmo texto."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
-def write_tokens(files, documents, encoding):
+def write_tokens(files, corpus, limit, val_fraction, encoding):
     """Grava os tokens de cada documento, com um <|endoftext|> no fim, no arquivo da sua parte.
 
-    files: {"train": arquivo, "val": arquivo}; documents: pares (parte, documento).
-    Devolve o que meta.json diz de cada parte.
+    files: {"train": arquivo, "val": arquivo}. Devolve o que meta.json diz de cada parte.
     """
     keys = ("documents", "characters", "bytes", "tokens")
     splits = {part: dict.fromkeys(keys, 0) for part in files}
-    documents = iter(documents)
-    while batch := list(islice(documents, 200)):  # o tiktoken reparte cada lote entre os núcleos
-        # encode_ordinary: um "<|endoftext|>" no meio do texto é texto, não o token especial
-        texts = [text for _, text in batch]
-        encoded = encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
-        for (part, text), ids in zip(batch, encoded):
-            data = np.array([*ids, encoding.eot_token], dtype="<u2").tobytes()
-            files[part].write(data)
-            for key, amount in zip(keys, (1, len(text), len(text.encode()), len(ids) + 1)):
-                splits[part][key] += amount
-        show_progress(f"{splits['train']['bytes'] / 1e6:.0f} MB em tokens")
+    documents, began = split_documents(corpus, limit, val_fraction), time.perf_counter()
+
+    def encode(batch):  # um "<|endoftext|>" no meio do texto é texto, não o token especial
+        return [encoding.encode_to_numpy(text, disallowed_special=()) for _, text in batch]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # um lote para cada núcleo, e mais na fila
+        waiting = deque()
+        while (batch := list(islice(documents, 200))) or waiting:
+            if batch:
+                waiting.append((batch, pool.submit(encode, batch)))
+                if len(waiting) < 3 * os.cpu_count():
+                    continue
+            batch, encoded = waiting.popleft()
+            for (part, text), ids in zip(batch, encoded.result()):
+                files[part].write(np.append(ids, encoding.eot_token).astype("<u2").tobytes())
+                for key, amount in zip(keys, (1, len(text), len(text.encode()), len(ids) + 1)):
+                    splits[part][key] += amount
+            size, seconds = splits["train"]["bytes"] / 1e6, time.perf_counter() - began
+            show_progress(f"{size:.0f} MB em tokens | {size / seconds:.1f} MB/s | faltam "
+                          f"{duration(seconds / corpus.share - seconds)}")
     return splits
 
 
@@ -333,6 +434,113 @@ def whole_file(path):
 
 
 # ------------------------------------------------------------------------------------------------
+# Downloads: retomados de onde pararam, conferidos, e só com o nome certo quando inteiros
+
+CACHE = Path("data", ".cache")
+WAIT = 1  # em segundos, antes de tentar de novo; dobra a cada vez
+
+
+def clean_machado(text):
+    """Junta as linhas de cada parágrafo e tira o cabeçalho, que acaba ao citar a edição."""
+    paragraphs = [" ".join(part.split()) for part in regex.split(r"\n\s*\n", text)]
+    heading = regex.compile(r"Texto-fonte|Obra Completa|Publicad[oa]s? originalmente", regex.I)
+    last = max((i for i, part in enumerate(paragraphs[:12]) if heading.search(part)), default=-1)
+    return "\n\n".join(part for part in paragraphs[last + 1 :] if part)
+
+
+SOURCES = {
+    "machado": {
+        "about": "romances e contos de Machado de Assis, 6 MB; domínio público",
+        "url": "https://raw.githubusercontent.com/nltk/nltk_data/gh-pages/packages/corpora/machado.zip",
+        "md5": "d186f7d6715479a8bec48b8b8030858e", "encoding": "cp1252",
+        "members": "machado/(romance|contos)/", "clean": clean_machado},
+    "mc4": {
+        "about": "textos da web em português, centenas de MB por parte (--shards); ODC-BY",
+        "url": "https://huggingface.co/datasets/allenai/c4/resolve/main/multilingual/"
+               "c4-pt.tfrecord-{:05d}-of-01024.json.gz", "shards": 1024},
+}
+
+
+def download(url, path, md5=None, limit=math.inf):
+    """Baixa um arquivo uma vez só e devolve onde ficou: path ou, se parou em limit bytes, o .part.
+
+    Enquanto não está inteiro e conferido, chama-se .part; um download interrompido continua dele.
+    O que não dá certo encerra com mensagem.
+    """
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for attempt in range(5):
+        if path.exists():
+            return path
+        done = part.stat().st_size if part.exists() else 0
+        if done >= limit:
+            print(f"Usei só o começo de {url}: {part} não foi conferido.")
+            return part
+        try:
+            fetch(url, part, done, limit)
+            if part.stat().st_size < limit:
+                if md5 and hashlib.md5(part.read_bytes()).hexdigest() != md5:
+                    part.unlink()
+                    raise SystemExit(f"{url} veio estragado (o MD5 não bate). Rode de novo.")
+                os.replace(part, path)
+        except requests.RequestException as error:
+            reason = type(error).__name__
+            show_progress(f"{reason}: tento de novo em {WAIT * 2**attempt} s", plain=True)
+            time.sleep(WAIT * 2**attempt)
+    raise SystemExit(f"Não consegui baixar {url} ({reason}). Confira a rede e rode de novo: "
+                     "continua de onde parou. Sem rede, `python prepare.py` e --input funcionam.")
+
+
+def fetch(url, part, done, limit):
+    """Baixa o que falta de um .part; o que vale tentar de novo sai como RequestException."""
+    headers = {"Range": f"bytes={done}-", "Accept-Encoding": "identity"}
+    with requests.get(url, headers=headers, stream=True, timeout=(10, 30)) as reply:
+        if reply.status_code == 416:  # já veio inteiro, ou mudou: começa de novo
+            part.unlink()
+        if reply.status_code >= 500 or reply.status_code in (408, 416, 429):
+            raise requests.HTTPError(reply.status_code)
+        if reply.status_code >= 400:
+            raise SystemExit(f"{url} não existe ou não é público (erro {reply.status_code}).")
+        if "html" in reply.headers.get("Content-Type", ""):
+            raise SystemExit(f"{url} é uma página da web, e não um arquivo de texto.")
+        if reply.status_code != 206:  # o servidor não sabe continuar: mandou tudo
+            done = 0
+        total = done + int(reply.headers.get("Content-Length", 0))
+        began, start = time.perf_counter(), done
+        with open(part, "ab" if done else "wb") as file:
+            for chunk in reply.iter_content(2**14):  # o que se perde numa queda
+                file.write(chunk)
+                done += len(chunk)
+                speed = (done - start) / (time.perf_counter() - began)
+                left = duration((min(total, limit) - done) / speed) if total else "?"
+                show_progress(f"{done / 1e6:.1f} de {min(total, limit) / 1e6:.1f} MB | "
+                              f"{speed / 1e6:.1f} MB/s | faltam {left}")
+                if done >= limit:
+                    break
+        if done < min(total, limit):
+            raise requests.ConnectionError("acabou antes da hora")
+
+
+def fetch_inputs(options):
+    """Os arquivos a ler: os de --input, os baixados de --url ou --dataset, ou as histórias."""
+    if not options.url and not options.dataset:
+        return find_files(options.input or [CORPUS])
+    urls, source = options.url, options.source
+    if options.dataset:
+        urls = [source["url"].format(number) for number in range(options.shards)]
+    paths = []
+    for url in urls:
+        path = CACHE / regex.sub(r"[^\w.-]+", "_", url.partition("://")[2])
+        # o texto que cabe num .gz é ao menos o dobro do tamanho; um .zip só se lê inteiro
+        limit = options.max_mb * 1e6 / (2 if path.suffix == ".gz" else 1)
+        limit -= sum(file.stat().st_size for file in paths)
+        if limit > 0:
+            paths.append(download(url, path, source.get("md5"),
+                                  math.inf if path.suffix == ".zip" else limit))
+    return paths
+
+
+# ------------------------------------------------------------------------------------------------
 # A linha de comando em português, que train.py e sample.py também usam
 
 PORTUGUESE = {  # o argparse fala inglês, mas passa cada frase por uma função de tradução
@@ -345,6 +553,7 @@ PORTUGUESE = {  # o argparse fala inglês, mas passa cada frase por uma função
     "expected one argument": "falta o valor",
     "expected at least one argument": "falta ao menos um valor",
     "invalid %(type)s value: %(value)r": "%(value)r não é do tipo %(type)s",
+    "not allowed with argument %s": "não combina com %s",
     "invalid choice: %(value)r (choose from %(choices)s)": "%(value)r não existe; use %(choices)s",
 }
 argparse._ = lambda text: PORTUGUESE.get(text, text)
@@ -404,55 +613,68 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(
         description="Transforma textos em tokens, na pasta data/NOME/.", allow_abbrev=False)
     add = parser.add_argument
-    add("--input", nargs="+", metavar="CAMINHO",
-        help="arquivos de texto em UTF-8, ou pastas de .txt; sem isto, as histórias do projeto")
-    add("--name", metavar="NOME", help="o nome do conjunto; sem isto, o do primeiro --input")
+    sources = parser.add_mutually_exclusive_group()
+    sources.add_argument(
+        "--input", nargs="+", metavar="CAMINHO",
+        help="arquivos .txt, .md ou .jsonl, também .gz ou em .zip, ou pastas com eles; sem isto, "
+        "as histórias do projeto")
+    sources.add_argument("--url", nargs="+", metavar="URL", help="arquivos assim, para baixar")
+    sources.add_argument(
+        "--dataset", choices=SOURCES, metavar="NOME", help="uma coleção para baixar: " + "; ".join(
+            f"{name} ({source['about']})" for name, source in SOURCES.items()))
+    add("--shards", type=int, default=1, metavar="N", help="quantas partes de mc4 baixar [1]")
+    add("--max_mb", type=float, default=math.inf, metavar="X", help="usar no máximo X MB de texto")
+    add("--encoding", metavar="NOME",
+        help="como os textos foram gravados: cp1252 nos antigos do Windows [utf-8]")
+    add("--text_field", default="text", metavar="NOME",
+        help="o campo do .jsonl em que está o texto [text]")
+    add("--name", metavar="NOME", help="o nome do conjunto; sem isto, o da coleção ou do arquivo")
     add("--vocab_size", type=int, default=4096, metavar="N",
         help="quantos tokens tem o vocabulário [%(default)s]")
     add("--val_fraction", type=float, default=0.05, metavar="F",
         help="a fração do texto que fica para a validação [%(default)s]")
-    add("--tokenizer", choices=["bpe", "gpt2"], default="bpe",
-        help="bpe: um vocabulário aprendido neste texto; gpt2: o do GPT-2, aprendido em inglês")
+    add("--tokenizer", default="bpe", metavar="QUAL",
+        help="bpe: um vocabulário aprendido neste texto; gpt2: o do GPT-2, aprendido em inglês; ou "
+        "uma pasta como data/NOME, para usar o dela [bpe]")
     options = parse_arguments(parser, arguments)
-    inputs = options.input or [CORPUS]
-    name = options.name or Path(inputs[0]).resolve().stem
-    folder = Path("data", name)
+    options.source = SOURCES.get(options.dataset, {})
+    options.encoding = options.encoding or options.source.get("encoding", "utf-8")
+    first = (options.input or options.url or [CORPUS])[0]
+    options.name = options.name or options.dataset or Path(first).resolve().name.split(".")[0]
+    folder = Path("data", options.name)
     check_options(options, folder)
-
-    files = find_files(inputs)
-    limit = val_limit(read_documents(files), options.val_fraction)
-
-    def documents():
-        return split_documents(read_documents(files), limit, options.val_fraction)
-
     if options.tokenizer == "gpt2":
-        ranks = gpt2_ranks()
-    else:
-        counts = Counter()
-        for part, text in documents():
-            if part == "train":  # o que está na validação não pode influir em nada
-                counts.update(regex.findall(PATTERN, text))
-        size = options.vocab_size - 1  # o último lugar é do <|endoftext|>
-        ranks = train_bpe(counts, size, lambda n: show_progress(f"{n} de {size} tokens aprendidos"))
-        if len(ranks) < size:
-            print(f"O texto é pequeno: só rendeu {len(ranks) + 1} tokens, "
-                  f"e não os {options.vocab_size} pedidos.")
-    tokenizer = make_tokenizer(options.tokenizer, ranks)
+        tokenizer = gpt2_tokenizer()
+    elif Path(options.tokenizer).is_dir():
+        _, tokenizer = read_meta(Path(options.tokenizer))
+    elif options.tokenizer != "bpe":
+        raise SystemExit(f"--tokenizer {options.tokenizer!r} não existe: use bpe, gpt2 ou uma "
+                         "pasta como data/contos.")
+
+    files = fetch_inputs(options)
+    corpus = Corpus(files, options)
+    sample, limit = read_sample(corpus, options.val_fraction)
+    if options.tokenizer == "bpe":  # o que está na validação não pode influir no vocabulário
+        tokenizer = make_vocabulary(sample, options.vocab_size)
     encoding = build_encoding(tokenizer)
 
     with whole_file(folder / "train.bin") as train, whole_file(folder / "val.bin") as val:
-        splits = write_tokens({"train": train, "val": val}, documents(), encoding)
+        splits = write_tokens({"train": train, "val": val}, corpus, limit, options.val_fraction,
+                              encoding)
+        if not splits["train"]["tokens"] or not splits["val"]["tokens"]:
+            raise SystemExit(f"--val_fraction {options.val_fraction} deixa um dos lados vazio.")
         # meta.json é apagado antes da troca e gravado por último: um conjunto pela metade não o tem
         (folder / "meta.json").unlink(missing_ok=True)
     for part, split in splits.items():
         split["sha256"] = hashlib.sha256(token_sample(folder / f"{part}.bin")).hexdigest()
     with whole_file(folder / "vocab.tiktoken") as file:
-        file.write(tokenizer.pop("vocab").encode())
+        file.write(tokenizer["vocab"].encode())
+    described = {key: value for key, value in tokenizer.items() if key != "vocab"}
     meta = {"source": [file.name for file in files], "val_fraction": options.val_fraction,
-            "tokenizer": tokenizer, "splits": splits}
+            "tokenizer": described, "splits": splits}
     with whole_file(folder / "meta.json") as file:
         file.write(json.dumps(meta, indent=2).encode())
-    report(folder, splits, encoding, next(read_documents(files)))
+    report(folder, splits, encoding, sample[0])
 
 
 def check_options(options, folder):
@@ -463,8 +685,17 @@ def check_options(options, folder):
             f"{END_OF_TEXT}) a 65536 (cada token ocupa 2 bytes).")
     if not 0 < options.val_fraction < 1:
         raise SystemExit(f"--val_fraction {options.val_fraction} não serve: use algo entre 0 e 1.")
+    if not options.max_mb > 0:
+        raise SystemExit(f"--max_mb {options.max_mb} não serve: use mais que 0.")
+    if not 1 <= options.shards <= options.source.get("shards", 1):
+        raise SystemExit(f"--shards {options.shards} não serve: mc4 tem de 1 a 1024 partes, e as "
+                         "outras fontes, uma só.")
     if folder.parent != Path("data") or folder.name.startswith("."):
         raise SystemExit(f"--name {options.name!r} não serve: use um nome simples, sem barras.")
+    try:
+        codecs.lookup(options.encoding)
+    except LookupError:
+        raise SystemExit(f"--encoding {options.encoding!r} não existe: tente utf-8 ou cp1252.")
 
 
 def report(folder, splits, encoding, example):

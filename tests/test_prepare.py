@@ -1,7 +1,9 @@
 """prepare.py: o vocabulário, o corte dos textos, os arquivos que saem e os erros."""
 
 import hashlib
+import math
 import random
+from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
@@ -190,7 +192,7 @@ def test_validation_does_not_shape_the_vocabulary(tmp_path):
     ]
     for name, extra in (("a", "zwzwzw" * 50), ("b", "kyqkyq" * 50)):
         # procura um documento que o hash ponha na validação
-        while prepare.content_hash(extra) >= 0.2 * 2**64:
+        while prepare.content_hash(extra.encode()) >= 0.2 * 2**64:
             extra += "!"
         (tmp_path / f"{name}.txt").write_text(
             f"\n{END_OF_TEXT}\n".join([*stories, extra]), encoding="utf-8"
@@ -203,7 +205,8 @@ def test_validation_does_not_shape_the_vocabulary(tmp_path):
 
 
 def split(stories, val_fraction=0.1):
-    limit = prepare.val_limit(stories, val_fraction)
+    stories = [(story, prepare.content_hash(story.encode())) for story in stories]
+    _, limit = prepare.read_sample(stories, val_fraction)
     parts = {"train": [], "val": []}
     for part, text in prepare.split_documents(stories, limit, val_fraction):
         parts[part].append(text)
@@ -223,8 +226,8 @@ def test_no_side_stays_empty(val_fraction):
     stories = [f"história número {i} " * 100 for i in range(5)]
     parts = split(stories, val_fraction)
     assert sorted(map(len, parts.values())) == [1, 4]
-    smallest = min(stories, key=prepare.content_hash)
-    largest = max(stories, key=prepare.content_hash)
+    ordered = sorted(stories, key=lambda story: prepare.content_hash(story.encode()))
+    smallest, largest = ordered[0], ordered[-1]
     assert parts["val"] == [smallest] if val_fraction < 0.5 else parts["train"] == [largest]
 
 
@@ -238,12 +241,17 @@ def test_single_document_is_cut_near_its_end_at_a_paragraph(tmp_path):
     assert 0.08 < len(val) / len(train) < 0.15
 
 
+def read(*paths):
+    options = Namespace(max_mb=math.inf, encoding="utf-8", text_field="text", source={})
+    return [document for document, _ in prepare.Corpus(paths, options)]
+
+
 def test_long_document_is_cut_at_paragraphs(tmp_path):
     paragraphs = [f"Parágrafo {i}. " + "Palavras e mais palavras. " * 20 for i in range(600)]
     text = "\n\n".join(paragraphs)
     path = tmp_path / "livro.txt"
     path.write_text(text, encoding="utf-8")
-    pieces = list(prepare.read_documents([path]))
+    pieces = read(path)
     assert "\n\n".join(pieces) == text
     assert all(50_000 < len(piece) <= prepare.LONGEST for piece in pieces[:-1])
 
@@ -251,7 +259,7 @@ def test_long_document_is_cut_at_paragraphs(tmp_path):
 def test_long_line_is_cut_too(tmp_path):
     text = "palavra " * 40_000
     (tmp_path / "linha.txt").write_text(text, encoding="utf-8")
-    assert "".join(prepare.read_documents([tmp_path / "linha.txt"])) == text
+    assert "".join(read(tmp_path / "linha.txt")) == text
 
 
 def test_folder_of_texts(tmp_path):
@@ -357,8 +365,11 @@ def test_gpt2_vocabulary_without_network(tmp_path):
         (b"", ["0 caracteres"]),
         (b"\n\n \n", ["caracteres"]),
         (b"oi", ["2 caracteres", "1000"]),
-        ("coração ".encode() * 500 + b"\xe3o", ["texto.txt", "UTF-8", 5000]),
-        ("linha\n".encode() * 500 + "ação".encode("cp1252"), ["texto.txt", "UTF-8", 3001]),
+        ("coração ".encode() * 500 + b"\xe3o", ["texto.txt", "utf-8", 5000, "cp1252"]),
+        (
+            "linha\n".encode() * 500 + "ação".encode("cp1252"),
+            ["texto.txt", "utf-8", 3001, "cp1252"],
+        ),
     ],
 )
 def test_bad_text(content, words, tmp_path):
@@ -376,6 +387,12 @@ def test_bad_text(content, words, tmp_path):
         (["--val_fraction=0"], ["--val_fraction"]),
         (["--val_fraction=1.5"], ["--val_fraction"]),
         (["--name=../fora"], ["--name"]),
+        (["--tokenizer=bep"], ["bep", "gpt2"]),
+        (["--max_mb=0"], ["--max_mb"]),
+        (["--shards=0"], ["--shards"]),
+        (["--dataset=machado", "--shards=2"], ["--shards 2"]),
+        (["--dataset=mc4", "--shards=1025"], ["1024"]),
+        (["--encoding=utf8000"], ["utf8000", "cp1252"]),
         (["--input", "nada.txt"], ["nada.txt"]),
         (["--input", "."], [".txt"]),
     ],
@@ -387,8 +404,8 @@ def test_bad_options(arguments, words, tmp_path):
 def test_unknown_option_suggests_the_nearest(tmp_path):
     result = run_main("prepare.py", "--vocabsize=300", cwd=tmp_path, check=False)
     assert_short_error(result, "erro:", "--vocabsize", "Seria vocab_size?", code=2)
-    result = run_main("prepare.py", "--tokenizer=bep", cwd=tmp_path, check=False)
-    assert_short_error(result, "'bep' não existe", code=2)
+    result = run_main("prepare.py", "--dataset=machdo", cwd=tmp_path, check=False)
+    assert_short_error(result, "'machdo' não existe", "mc4", code=2)
 
 
 def test_a_failed_run_keeps_the_old_data(workdir):
