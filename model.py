@@ -23,7 +23,9 @@ Fontes: Vaswani et al. 2017, "Attention Is All You Need" (o Transformer); Radfor
 Este arquivo não é para rodar: train.py treina o modelo e sample.py escreve com ele.
 """
 
+import json
 import math
+import mmap
 import os
 import zipfile
 from dataclasses import dataclass
@@ -367,3 +369,109 @@ def load_weights(model, weights, path):
             continue
         raise SystemExit(f"{path} não serve: {name} {problem}.")
     model.load_state_dict(weights, assign=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# O formato do Hugging Face: os pesos publicados entram, os nossos saem
+
+# O GPT-2 publicado guarda estas quatro matrizes como (entrada, saída), o jeito da sua Conv1D; a
+# nn.Linear guarda (saída, entrada). O resto tem os mesmos nomes e formatos dos nossos.
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+               "U8": torch.uint8, "BOOL": torch.bool}
+# o que, em config.json, faria outro modelo que não este, e os valores que fazem este
+SAME_RECIPE = {
+    "model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
+    "layer_norm_epsilon": [1e-5], "scale_attn_weights": [True], "add_cross_attention": [False],
+    "scale_attn_by_inverse_layer_idx": [False], "tie_word_embeddings": [True],
+    "n_inner": [None]}
+
+
+def read_safetensors(path):
+    """Lê um .safetensors (nome -> tensor), mapeado na memória; nada se usa antes de conferido.
+
+    O formato: 8 bytes com o tamanho do cabeçalho; o cabeçalho, em JSON, que diz de cada tensor o
+    tipo, o formato e onde começa e acaba; e os tensores, um depois do outro.
+    """
+    with open(path, "rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header.pop("__metadata__", None)
+    tensors, expected = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if dtype not in SAFETENSORS or begin != expected or not all(size >= 0 for size in shape):
+            raise ValueError(f"{name}: {entry}")
+        if end - begin != math.prod(shape) * SAFETENSORS[dtype].itemsize or start + end > len(data):
+            raise ValueError(f"{name}: {entry}")
+        tensors[name] = torch.frombuffer(
+            data, dtype=SAFETENSORS[dtype], count=math.prod(shape), offset=start + begin
+        ).view(shape)
+        expected = end
+    if start + expected != len(data):
+        raise ValueError(f"{len(data)} bytes, e não {start + expected}")
+    return tensors
+
+
+def write_safetensors(file, tensors):
+    """Escreve os tensores (float32) num arquivo aberto, no formato de read_safetensors."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
+    file.write(len(header).to_bytes(8, "little") + header)
+    for tensor in tensors.values():
+        file.write(tensor.contiguous().numpy().data)
+
+
+def read_pretrained(folder):
+    """Lê um GPT-2 no formato do Hugging Face: um dicionário como o de read_checkpoint.
+
+    Outra arquitetura ou um arquivo danificado encerra com mensagem.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        for key, values in SAME_RECIPE.items():
+            if config.get(key, values[0]) not in values:
+                raise SystemExit(f"{path} não é de um GPT-2 como o deste projeto: {key} = "
+                                 f"{config[key]!r}.")
+        shape = {name: config[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+        shape["block_size"] = config["n_positions"]
+        path = folder / "model.safetensors"
+        if path.exists():
+            found = read_safetensors(path)
+        else:
+            path = folder / "pytorch_model.bin"
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        weights = {}
+        for name, tensor in found.items():
+            name = name.removeprefix("transformer.")
+            # a máscara da atenção não é peso; lm_head é a própria wte
+            if not name.endswith((".attn.bias", ".attn.masked_bias")) and name != "lm_head.weight":
+                weights[name] = (tensor.T if name.endswith(TRANSPOSED) else tensor).float()
+        return {"model": weights, "model_config": shape}
+    except Exception as error:  # um arquivo estragado pode falhar em qualquer ponto da leitura
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+        raise SystemExit(f"{path} falta, está danificado ou não é de um GPT-2 ({reason}).")
+
+
+def to_pretrained(model):
+    """O contrário de read_pretrained: devolve o conteúdo de config.json e os tensores."""
+    config, weights = model.config, {}
+    for name, tensor in model.state_dict().items():
+        weights[f"transformer.{name}"] = tensor.T if name.endswith(TRANSPOSED) else tensor
+        bias = name.replace("weight", "bias")
+        if not config.bias and "wte" not in name and "wpe" not in name:  # sem viés é viés zero
+            weights[f"transformer.{bias}"] = torch.zeros(tensor.size(0))
+    recipe = {key: values[0] for key, values in SAME_RECIPE.items()}
+    return recipe | {
+        "architectures": ["GPT2LMHeadModel"], "vocab_size": config.vocab_size,
+        "n_positions": config.block_size, "n_ctx": config.block_size, "n_embd": config.n_embd,
+        "n_layer": config.n_layer, "n_head": config.n_head, "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout, "attn_pdrop": config.dropout, "torch_dtype": "float32",
+    }, weights

@@ -118,14 +118,16 @@ def merge(ids, pair, new):
     return result
 
 
-def make_tokenizer(kind, ranks):
+def make_tokenizer(kind, ranks, special_tokens=None):
     """Descreve um tokenizador só com tipos simples, para viajar em meta.json e nos checkpoints.
 
-    `vocab` é o texto do arquivo vocab.tiktoken; vocab_size conta também o <|endoftext|>.
+    `vocab` é o texto do arquivo vocab.tiktoken; vocab_size conta também os tokens especiais, que,
+    se não são dados, são só o <|endoftext|>, depois dos outros.
     """
+    special_tokens = special_tokens or {END_OF_TEXT: len(ranks)}
     vocab = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
-    return {"kind": kind, "pattern": PATTERN, "special_tokens": {END_OF_TEXT: len(ranks)},
-            "vocab_size": len(ranks) + 1, "vocab": vocab}
+    return {"kind": kind, "pattern": PATTERN, "special_tokens": special_tokens,
+            "vocab_size": len(ranks) + len(special_tokens), "vocab": vocab}
 
 
 def build_encoding(tokenizer):
@@ -164,6 +166,89 @@ def gpt2_tokenizer():
             "próprio (--tokenizer bpe), ou aponte TIKTOKEN_CACHE_DIR para uma pasta que o tenha.")
     ranks = {encoding.decode_single_token_bytes(i): i for i in range(encoding.eot_token)}
     return make_tokenizer("gpt2", ranks)
+
+
+def byte_letters():
+    """A letra com que os arquivos do GPT-2 escrevem cada byte: os visíveis são eles mesmos."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {
+        byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def read_pretrained_tokenizer(folder):
+    """O tokenizador de uma pasta no formato do Hugging Face: tokenizer.json ou vocab + merges.
+
+    O tiktoken junta primeiro os pares que formam o token de número menor: só serve um vocabulário
+    em que os números crescem na ordem das fusões. O que não serve encerra com mensagem.
+    """
+    path = folder / "tokenizer.json"
+    try:
+        eos = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(
+            "eos_token_id")
+        if path.exists():
+            contents = json.loads(path.read_text(encoding="utf-8"))
+            vocab, merges = contents["model"]["vocab"], contents["model"]["merges"]
+            merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+            vocab |= {token["content"]: token["id"] for token in contents["added_tokens"]}
+            kind = contents["pre_tokenizer"]["type"]
+            if kind != "ByteLevel" or contents["pre_tokenizer"].get("add_prefix_space"):
+                raise ValueError(f"o corte do texto é outro: {contents['pre_tokenizer']}")
+        else:
+            path = folder / "vocab.json"
+            vocab = json.loads(path.read_text(encoding="utf-8"))
+            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+            merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        letters = byte_letters()
+        merged = ["".join(pair) for pair in merges]
+        ids = [vocab[token] for token in merged]
+        if any(a > b for a, b in zip(ids, ids[1:])):
+            raise ValueError("os números não crescem na ordem das fusões")
+        ordinary = {*letters.values(), *merged}
+        byte = {letter: byte for byte, letter in letters.items()}
+        ranks = {bytes(byte[letter] for letter in token): vocab[token] for token in ordinary}
+        # o que não é byte nem fusão é token especial; o do fim do texto tem aqui um nome só
+        special = {END_OF_TEXT if number == eos else token: number
+                   for token, number in vocab.items() if token not in ordinary}
+        tokenizer = make_tokenizer(
+            "gpt2", dict(sorted(ranks.items(), key=lambda item: item[1])), special)
+        build_encoding(tokenizer)
+        tokenizer["special_tokens"][END_OF_TEXT]
+        return tokenizer
+    except (OSError, ValueError, TypeError, KeyError, AssertionError) as error:
+        raise SystemExit(f"{path} falta, está danificado ou não é um vocabulário do tipo do GPT-2 "
+                         f"({type(error).__name__}: {error}).")
+
+
+def to_pretrained_tokenizer(tokenizer):
+    """O contrário de read_pretrained_tokenizer: o conteúdo de tokenizer.json."""
+    letters = byte_letters()
+    lines = (line.split() for line in tokenizer["vocab"].splitlines())
+    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    special = tokenizer["special_tokens"]
+
+    def write(token):
+        return "".join(letters[byte] for byte in token)
+
+    merges = []
+    for token, rank in ranks.items():
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:  # refaz as fusões anteriores, até as duas partes deste token
+            pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+            i = pairs.index(min(pairs))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append([write(part) for part in parts])
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                  "use_regex": True}
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+        "added_tokens": [{"id": number, "content": token, "special": True} | flags
+                         for token, number in special.items()],
+        "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level,
+        "model": {"type": "BPE", "merges": merges, "vocab": special | {
+            write(token): rank for token, rank in ranks.items()}}}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -500,7 +585,7 @@ def fetch(url, part, done, limit):
         if reply.status_code >= 500 or reply.status_code in (408, 416, 429):
             raise requests.HTTPError(reply.status_code)
         if reply.status_code >= 400:
-            raise SystemExit(f"{url} não existe ou não é público (erro {reply.status_code}).")
+            raise Missing(f"{url} não existe ou não é público (erro {reply.status_code}).")
         if "html" in reply.headers.get("Content-Type", ""):
             raise SystemExit(f"{url} é uma página da web, e não um arquivo de texto.")
         if reply.status_code != 206:  # o servidor não sabe continuar: mandou tudo
@@ -519,6 +604,41 @@ def fetch(url, part, done, limit):
                     break
         if done < min(total, limit):
             raise requests.ConnectionError("acabou antes da hora")
+
+
+HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+
+
+class Missing(SystemExit):
+    """O servidor respondeu que o arquivo não existe."""
+
+
+def fetch_pretrained(name):
+    """A pasta de um modelo do tipo GPT-2: a que se deu, ou a de um modelo publicado, baixado.
+
+    name: uma pasta, gpt2 (ou gpt2-medium, gpt2-large, gpt2-xl), ou DONO/NOME no Hugging Face.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if not regex.fullmatch(r"gpt2(-medium|-large|-xl)?|[\w.-]+/[\w.-]+", name):
+        raise SystemExit(f"Não achei {name}: use uma pasta, gpt2, gpt2-medium, gpt2-large, gpt2-xl "
+                         "ou DONO/NOME, de um modelo publicado no Hugging Face.")
+    folder = CACHE / name.replace("/", "--")
+    # de cada linha, basta o primeiro que exista
+    for choices in (["config.json"], ["model.safetensors", "pytorch_model.bin"],
+                    ["tokenizer.json", "vocab.json"]):
+        if any((folder / file).exists() for file in choices):
+            continue
+        for file in choices:
+            try:
+                download(f"{HUB}/{name}/resolve/main/{file}", folder / file)
+                break
+            except Missing:
+                if file == choices[-1]:
+                    raise
+    if (folder / "vocab.json").exists():
+        download(f"{HUB}/{name}/resolve/main/merges.txt", folder / "merges.txt")
+    return folder
 
 
 def fetch_inputs(options):
@@ -634,8 +754,8 @@ def main(arguments=None):
     add("--val_fraction", type=float, default=0.05, metavar="F",
         help="a fração do texto que fica para a validação [%(default)s]")
     add("--tokenizer", default="bpe", metavar="QUAL",
-        help="bpe: um vocabulário aprendido neste texto; gpt2: o do GPT-2, aprendido em inglês; ou "
-        "uma pasta como data/NOME, para usar o dela [bpe]")
+        help="bpe: um vocabulário aprendido neste texto; gpt2: o do GPT-2, aprendido em inglês; "
+        "data/NOME: o de outro conjunto; ou a pasta ou o DONO/NOME de um modelo do Hugging Face")
     options = parse_arguments(parser, arguments)
     options.source = SOURCES.get(options.dataset, {})
     options.encoding = options.encoding or options.source.get("encoding", "utf-8")
@@ -645,11 +765,10 @@ def main(arguments=None):
     check_options(options, folder)
     if options.tokenizer == "gpt2":
         tokenizer = gpt2_tokenizer()
-    elif Path(options.tokenizer).is_dir():
+    elif Path(options.tokenizer, "meta.json").exists():
         _, tokenizer = read_meta(Path(options.tokenizer))
     elif options.tokenizer != "bpe":
-        raise SystemExit(f"--tokenizer {options.tokenizer!r} não existe: use bpe, gpt2 ou uma "
-                         "pasta como data/contos.")
+        tokenizer = read_pretrained_tokenizer(fetch_pretrained(options.tokenizer))
 
     files = fetch_inputs(options)
     corpus = Corpus(files, options)
@@ -702,8 +821,9 @@ def report(folder, splits, encoding, example):
     """Mostra o que foi feito: os números, os tokens mais longos e um trecho cortado em tokens."""
     train, val = splits["train"], splits["val"]
     total = {key: train[key] + val[key] for key in ("documents", "characters", "bytes", "tokens")}
-    tokens = [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
-    longest = sorted(range(len(tokens)), key=lambda i: len(tokens[i]), reverse=True)[:8]
+    tokens = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
+    ordinary = (i for i in range(len(tokens)) if not encoding.is_special_token(i))
+    longest = sorted(ordinary, key=lambda i: len(tokens[i]), reverse=True)[:8]
     tokens = [token.decode(errors="backslashreplace").replace("\n", "↵") for token in tokens]
     start = example[:60].rpartition(" ")[0] or example[:60]
     cut = [tokens[i] for i in encoding.encode_ordinary(start)]

@@ -7,20 +7,27 @@ Como rodar, depois de um treino:
 
     python sample.py --start "O gato"
     python sample.py --start "O gato" --temperature 1.2 --num_samples 3
+    python sample.py --init_from gpt2 --start "The cat"     o GPT-2 publicado, baixado
+    python sample.py --export modelo                        grava no formato do Hugging Face
 
 O texto sai em stdout e as informações em stderr: `python sample.py > conto.txt` guarda só o texto.
 """
 
 import argparse
 import codecs
+import json
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-from model import GPT, GPTConfig, choose_device, choose_dtype, load_weights, read_checkpoint
-from prepare import build_encoding, parse_arguments, run
+from model import (
+    GPT, GPTConfig, choose_device, choose_dtype, load_weights, read_checkpoint, read_pretrained,
+    to_pretrained, write_safetensors)
+from prepare import (
+    END_OF_TEXT, build_encoding, fetch_pretrained, parse_arguments, read_pretrained_tokenizer, run,
+    to_pretrained_tokenizer, whole_file)
 
 
 def find_checkpoint(out_dir):
@@ -34,13 +41,45 @@ def find_checkpoint(out_dir):
     return found[-1]
 
 
-def load_model(path, device, dtype):
-    """Lê um checkpoint: devolve o modelo, pronto para escrever, e o tokenizador (Encoding)."""
-    checkpoint = read_checkpoint(path)
+def load_model(path):
+    """Lê um .pt, uma pasta ou um modelo publicado: devolve o modelo e o tokenizador, descrito."""
+    if str(path).endswith(".pt"):
+        checkpoint = read_checkpoint(path)
+    else:
+        folder = fetch_pretrained(path)
+        checkpoint = read_pretrained(folder)
+        checkpoint["tokenizer"] = read_pretrained_tokenizer(folder)
+    tokenizer = checkpoint["tokenizer"]
     with torch.device("meta"):  # só as formas: os pesos vêm do arquivo, não de um sorteio
         model = GPT(GPTConfig(**checkpoint["model_config"]))
     load_weights(model, checkpoint["model"], path)
-    return model.to(device, dtype).eval(), build_encoding(checkpoint["tokenizer"])
+    if model.config.vocab_size != tokenizer["vocab_size"]:
+        raise SystemExit(f"{path}: o modelo dá notas a {model.config.vocab_size} tokens, e o "
+                         f"vocabulário tem {tokenizer['vocab_size']}.")
+    return model.eval(), tokenizer
+
+
+def export(folder, model, tokenizer):
+    """Grava o modelo no formato do Hugging Face: AutoModelForCausalLM e AutoTokenizer o abrem."""
+    folder = Path(folder)
+    if folder.exists():
+        raise SystemExit(f"{folder} já existe: dê a --export uma pasta nova.")
+    config, weights = to_pretrained(model)
+    end = tokenizer["special_tokens"][END_OF_TEXT]
+    ends = {"bos_token_id": end, "eos_token_id": end}
+    names = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
+    contents = {
+        "generation_config.json": ends | {"do_sample": True, "temperature": 0.8, "top_k": 20},
+        "tokenizer.json": to_pretrained_tokenizer(tokenizer),
+        "tokenizer_config.json": names | {"tokenizer_class": "PreTrainedTokenizerFast",
+                                          "model_max_length": model.config.block_size},
+        "config.json": config | ends}
+    with whole_file(folder / "model.safetensors") as file:
+        write_safetensors(file, weights)
+    for name, content in contents.items():
+        with whole_file(folder / name) as file:
+            file.write(json.dumps(content, ensure_ascii=False, indent=2).encode())
+    print(f"Pronto: {folder}/ abre com AutoModelForCausalLM.from_pretrained({str(folder)!r}).")
 
 
 def read_start(start):
@@ -82,6 +121,10 @@ def main(arguments=None):
     add("--seed", type=int, default=1337, metavar="N",
         help="a mesma semente dá o mesmo texto [1337]")
     add("--out_dir", metavar="PASTA", help="a pasta do treino; sem isto, o mais recente em out/")
+    add("--init_from", metavar="MODELO",
+        help="em vez de um treino seu: um .pt, gpt2 (gpt2-medium, gpt2-large, gpt2-xl), DONO/NOME "
+        "no Hugging Face, ou uma pasta nesse formato")
+    add("--export", metavar="PASTA", help="só grava o modelo no formato do Hugging Face")
     add("--device", default="auto", metavar="NOME", help="auto, cuda, mps ou cpu [auto]")
     add("--dtype", default="auto", metavar="NOME", help="auto, float32, bfloat16 ou float16 [auto]")
     options = parse_arguments(parser, arguments)
@@ -94,8 +137,11 @@ def main(arguments=None):
 
     start = read_start(options.start)
     device = choose_device(options.device)
-    model, encoding = load_model(
-        find_checkpoint(options.out_dir), device, choose_dtype(device, options.dtype))
+    dtype = choose_dtype(device, options.dtype)
+    model, tokenizer = load_model(options.init_from or find_checkpoint(options.out_dir))
+    if options.export:
+        return export(options.export, model, tokenizer)
+    model, encoding = model.to(device, dtype), build_encoding(tokenizer)
     # no treino, o <|endoftext|> fecha um documento; logo depois dele começa outro
     ids = [encoding.eot_token, *encoding.encode_ordinary(start)]
     idx = torch.tensor([ids] * options.num_samples, device=device)  # (B, T)

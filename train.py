@@ -31,10 +31,11 @@ import numpy as np
 import torch
 from torch import distributed
 
-from model import GPT, GPTConfig, choose_device, choose_dtype, load_weights, read_checkpoint
+from model import (
+    GPT, GPTConfig, choose_device, choose_dtype, load_weights, read_checkpoint, read_pretrained)
 from prepare import (
-    build_encoding, duration, group, parse_arguments, quote, read_meta, run, show_progress,
-    token_sample, whole_file)
+    build_encoding, duration, fetch_pretrained, group, parse_arguments, quote, read_meta,
+    read_pretrained_tokenizer, run, show_progress, token_sample, whole_file)
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Config:
 
     out_dir: str = ""  # a pasta do treino (vazio: out/NOME, com o nome do arquivo de configuração)
     dataset: str = "contos"  # o conjunto de dados: data/NOME, feito por prepare.py
-    init_from: str = "scratch"  # de onde parte: scratch (do zero) ou um .pt; resume: só continua
+    init_from: str = "scratch"  # scratch (do zero), ou de onde parte: um .pt, gpt2, DONO/NOME
     restart: bool = False  # True: começa de novo e guarda o treino antigo com outro nome
     # o modelo; estes valores são os do GPT-2 menor
     n_layer: int = 12  # quantos blocos
@@ -352,11 +353,27 @@ class Trainer:
             raise SystemExit(f"Não há treino a continuar: falta {last}.")
         if config.init_from == "scratch":
             return None, None
-        checkpoint = read_checkpoint(config.init_from)
-        if checkpoint["tokenizer"] != self.tokenizer:
-            raise SystemExit(f"{config.init_from} foi treinado com outro vocabulário que o de data/"
-                             f"{config.dataset}: os mesmos números seriam outros tokens.")
-        return config.init_from, checkpoint
+        start = config.init_from
+        if start.endswith(".pt"):
+            checkpoint, vocabulary = read_checkpoint(start), "a pasta de dados daquele treino"
+        else:
+            folder, vocabulary = fetch_pretrained(start), start
+            checkpoint = read_pretrained(folder)
+            checkpoint["tokenizer"] = read_pretrained_tokenizer(folder)
+        if checkpoint["tokenizer"]["vocab"] != self.tokenizer["vocab"]:
+            raise SystemExit(
+                f"{start} foi treinado com outro vocabulário que o de data/{config.dataset}: os "
+                "mesmos números seriam outros tokens. Prepare os dados com o dele: python "
+                f"prepare.py --input SEU_TEXTO --name {config.dataset} --tokenizer {vocabulary}")
+        needed = GPTConfig(**checkpoint["model_config"])
+        if wrong := [f"--{name}={getattr(needed, name)}" for name in
+                     ("n_layer", "n_head", "n_embd", "bias")
+                     if getattr(needed, name) != getattr(config, name)]:
+            raise SystemExit(f"{start} tem outro formato: use {' '.join(wrong)}")
+        # o contexto pode ser mais curto: sobram posições
+        weights = checkpoint["model"]
+        weights["wpe.weight"] = weights["wpe.weight"][: config.block_size]
+        return start, checkpoint
 
     def resume(self, checkpoint):
         """Retoma o treino do ponto em que last.pt foi gravado."""

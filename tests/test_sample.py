@@ -8,6 +8,7 @@ from conftest import TOY, assert_short_error, run_main, run_script
 
 import prepare
 import sample
+from prepare import build_encoding
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +49,8 @@ def test_greedy_text_equals_the_models(trained):
     output = run_sample(
         trained, "--start=O gato", "--temperature=0", "--max_new_tokens=8", "--dtype=float32"
     ).stdout
-    model, encoding = sample.load_model(
-        trained / "out/a/best.pt", torch.device("cpu"), torch.float32
-    )
+    model, tokenizer = sample.load_model(trained / "out/a/best.pt")
+    encoding = build_encoding(tokenizer)
     prompt = [encoding.eot_token, *encoding.encode_ordinary("O gato")]
     ids = list(prompt)
     while len(ids) < len(prompt) + 8:  # sem generate nem cache: o texto todo de novo a cada token
