@@ -1,32 +1,58 @@
 """Mede a velocidade ao lado de outro programa, na mesma rodada: entre máquinas, só a razão vale.
 
-python tests/bench.py
+python tests/bench.py            tudo, em uns cinco minutos, sem mais nada rodando
+python tests/bench.py bpe        só uma parte: machine, bpe, training, sampling, batch, start
 """
 
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
 import regex
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from model import GPT, GPTConfig, choose_dtype  # noqa: E402
 from prepare import PATTERN, train_bpe  # noqa: E402
+from train import Config, make_optimizers  # noqa: E402
+
+CPU = torch.device("cpu")
+SHAPES = {  # block_size, vocab_size, n_layer, n_head, n_embd
+    "tiny": (128, 4096, 4, 6, 192),
+    "6 × 256": (128, 4096, 6, 8, 256),
+    "124M": (1024, 50257, 12, 12, 768),
+}
 
 
-def compare(name, ours, peer, peer_name, rounds=5):
-    """Roda os dois alternadamente e mostra a razão entre as medianas dos tempos."""
-    seconds = {ours: [], peer: []}
-    for _ in range(rounds):
-        for function, times in seconds.items():
-            began = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - began)
-    mine, other = (statistics.median(times) for times in seconds.values())
-    print(f"{name}: {mine:.2f} s; {peer_name}: {other:.2f} s; razão {mine / other:.2f}")
+def seconds(function):
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def medians(*functions, rounds=5):
+    """Os tempos medianos, em segundos, de funções que se revezam (depois de uma volta a mais)."""
+    times = [[seconds(function) for function in functions] for _ in range(rounds + 1)][1:]
+    return [statistics.median(column) for column in zip(*times)]
+
+
+def machine():
+    """Os limites: multiplicar matrizes e ler a memória."""
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(2048, 2048).to(dtype)
+        (time_,) = medians(lambda: a @ a)
+        print(f"matmul {str(dtype)[6:]}: {2 * 2048**3 / time_ / 1e9:.0f} GFLOP/s")
+    data = torch.ones(2**27)
+    (time_,) = medians(lambda: data.sum())
+    print(f"leitura da memória: {data.nbytes / time_ / 1e9:.1f} GB/s")
 
 
 def bpe():
@@ -54,8 +80,125 @@ def bpe():
             counts.update(regex.findall(PATTERN, document))
         assert len(train_bpe(counts, 4095)) == 4095
 
-    compare("BPE de 4.096 tokens em 2 MB", ours, rust, "tokenizers")
+    mine, other = medians(ours, rust)
+    print(f"BPE de 4.096 em 2 MB: {mine:.2f} s; tokenizers {other:.2f} s; razão {mine / other:.2f}")
+
+
+def make_models(shape):
+    """O nosso modelo e o da transformers, com as mesmas medidas."""
+    block_size, vocab_size, n_layer, n_head, n_embd = shape
+    theirs = GPT2Config(
+        n_positions=block_size,
+        vocab_size=vocab_size,
+        n_layer=n_layer,
+        n_head=n_head,
+        n_embd=n_embd,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    return GPT(GPTConfig(*shape)), GPT2LMHeadModel(theirs)
+
+
+def training():
+    """Um passo com AdamW, na precisão desta máquina, contra a transformers em float32."""
+    shape = SHAPES["6 × 256"]
+    ours, theirs = make_models(shape)
+    x = torch.randint(shape[1], (16, 128))
+    dtype = choose_dtype(CPU)
+    adamw, muon = (
+        make_optimizers(ours, Config(optimizer=name), dtype) for name in ("adamw", "muon")
+    )
+    optimizer = torch.optim.AdamW(theirs.parameters(), fused=True)
+
+    def step(optimizers):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            _, loss = ours(x, x)
+        loss.backward()
+        for each in optimizers:
+            each.step()
+        ours.zero_grad(set_to_none=True)
+
+    def their_step():
+        theirs(x, labels=x).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    mine, with_muon, other = medians(lambda: step(adamw), lambda: step(muon), their_step, rounds=9)
+    for name, time_ in (("AdamW", mine), ("Muon", with_muon)):
+        print(
+            f"treino 6 × 256, {name}, {str(dtype)[6:]}: {x.numel() / time_:.0f} tokens/s; "
+            f"transformers {x.numel() / other:.0f}; razão {other / time_:.2f}"
+        )
+
+
+def sampling():
+    """Uma sequência, na precisão desta máquina, contra generate da transformers em float32."""
+    for name, shape in SHAPES.items():
+        count = 100
+        ours, theirs = make_models(shape)
+        ours.to(choose_dtype(CPU)).eval()
+        idx = torch.zeros(1, 8, dtype=torch.long)
+        mine, other = medians(
+            lambda: list(ours.generate(idx, count, 0.8, 20)),
+            lambda: theirs.eval().generate(
+                idx,
+                attention_mask=torch.ones_like(idx),
+                max_new_tokens=count,
+                do_sample=True,
+                temperature=0.8,
+                top_k=20,
+                pad_token_id=0,
+            ),
+            rounds=3,
+        )
+        print(
+            f"geração {name}: {count / mine:.0f} tokens/s; transformers {count / other:.0f}; "
+            f"razão {other / mine:.2f}"
+        )
+
+
+def batch():
+    """Oito textos de uma vez contra um só, em tokens por segundo."""
+    ours, _ = make_models(SHAPES["tiny"])
+    ours.to(choose_dtype(CPU)).eval()
+    one, eight = (torch.zeros(size, 8, dtype=torch.long) for size in (1, 8))
+    alone, together = medians(
+        lambda: list(ours.generate(one, 100, 0.8, 20)),
+        lambda: list(ours.generate(eight, 100, 0.8, 20)),
+    )
+    print(f"8 textos de uma vez: {8 * alone / together:.2f} vezes os tokens/s de um")
+
+
+def start():
+    """Começar: prepare.py nas histórias e um token de sample.py, contra importar as bibliotecas."""
+    with tempfile.TemporaryDirectory() as folder:
+
+        def call(*command):
+            subprocess.run(
+                [sys.executable, *map(str, command)],
+                cwd=folder,
+                check=True,
+                capture_output=True,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+            )
+
+        prepare, train, sample = (ROOT / f"{name}.py" for name in ("prepare", "train", "sample"))
+        call(prepare)
+        call(train, ROOT / "config/tiny.py", "--max_iters=1", "--eval_iters=1")
+        imports, prepared, sampled = medians(
+            lambda: call("-c", "import torch, tiktoken"),
+            lambda: call(prepare),
+            lambda: call(sample, "--max_new_tokens", "1"),
+        )
+    print(f"prepare.py: {prepared:.2f} s, {prepared / imports:.2f} vezes o import de torch")
+    print(f"sample.py, um token: {sampled:.2f} s, {sampled / imports:.2f} vezes")
 
 
 if __name__ == "__main__":
-    bpe()
+    parts = [machine, bpe, training, sampling, batch, start]
+    for part in parts:
+        if part.__name__ in (sys.argv[1:] or [part.__name__]):
+            part()
