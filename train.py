@@ -667,6 +667,8 @@ def train_and_report(config):
         return
     stopped_by = trainer.train()
     if trainer.world_size > 1:
+        distributed.barrier()  # ninguém sai enquanto outro ainda trabalha
+        trainer.parallel = trainer.forward  # solta o que a comunicação ainda segura
         distributed.destroy_process_group()
     if stopped_by:
         print(f"\nParei no passo {trainer.step}, guardado em {out / 'last.pt'}. "
