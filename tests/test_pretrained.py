@@ -213,6 +213,10 @@ def truncate(folder):
         (header(lambda entry: entry["shape"].append(2)), ["wpe"]),
         (header(lambda entry: entry["shape"].reverse()), ["wpe.weight tem o formato"]),
         (header(lambda entry: entry.update(data_offsets=[0, 4])), ["model.safetensors"]),
+        (
+            header(lambda entry: entry.update(data_offsets=[n + 4 for n in entry["data_offsets"]])),
+            ["model.safetensors"],
+        ),
         (header(lambda entry: entry.update(data_offsets=[-8, 10**12])), ["model.safetensors"]),
         (drop_a_tensor, ["ln_f.bias falta"]),
         (lambda f: (f / "tokenizer.json").unlink(), ["vocab.json"]),
