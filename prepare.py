@@ -333,7 +333,7 @@ class Corpus:
         if regex.search(r"\.jsonl?(\.gz)?(\.part)?$", name.lower()):
             yield from self.read_json(name, file)
         elif clean:
-            yield clean(file.read().decode(encoding))
+            yield clean(file.read().decode(encoding, errors="replace"))
         else:
             text = ""
             for chunk in decode(name, file, encoding):
@@ -540,7 +540,7 @@ SOURCES = {
         "md5": "d186f7d6715479a8bec48b8b8030858e", "encoding": "cp1252",
         "members": "machado/(romance|contos)/", "clean": clean_machado},
     "mc4": {
-        "about": "textos da web em português, centenas de MB por parte (--shards); ODC-BY",
+        "about": "textos da web em português, em 1024 partes (--shards); ODC-BY",
         "url": "https://huggingface.co/datasets/allenai/c4/resolve/main/multilingual/"
                "c4-pt.tfrecord-{:05d}-of-01024.json.gz", "shards": 1024},
 }
@@ -554,13 +554,15 @@ def download(url, path, md5=None, limit=math.inf):
     """
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    for attempt in range(5):
+    for attempt in range(6):  # cinco tentativas; a última volta só confere
         if path.exists():
             return path
         done = part.stat().st_size if part.exists() else 0
         if done >= limit:
             print(f"Usei só o começo de {url}: {part} não foi conferido.")
             return part
+        if attempt == 5:
+            break
         try:
             fetch(url, part, done, limit)
             if part.stat().st_size < limit:

@@ -689,9 +689,10 @@ def introduce(trainer):
         total = torch.cuda.get_device_properties(device).total_memory
     elif device.type == "mps":
         total = torch.mps.recommended_max_memory()
-    else:  # (o Windows não tem sysconf)
-        pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-        total = pages * 4096
+    elif hasattr(os, "sysconf"):  # (o Windows não tem)
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        total = math.nan
     print(f"""\
 máquina        {trainer.world_size} × {device.type}, contas em {str(trainer.dtype)[6:]}
 modelo         {group(trainer.model.num_params())} parâmetros

@@ -232,6 +232,7 @@ def fetch(server, name, *options, cwd, check=True):
         (["trava"], [0, 1]),
         (["cai", "sem Range"], [0, 1]),
         ([500, 429], [0, 0, 0]),
+        ([503] * 4, [0] * 5),
     ],
 )
 def test_downloads_survive_faults(server, faults, ranges, tmp_path, monkeypatch):
