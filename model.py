@@ -27,15 +27,20 @@ import json
 import math
 import mmap
 import os
+import timeit
 import zipfile
 from dataclasses import dataclass
+
+# Dois ajustes para o Linux, que só valem se feitos antes de carregar o torch. Memória em páginas
+# grandes: os tensores que nascem e morrem a cada passo custam menos.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# Um núcleo que espera por outro gira em falso, e só larga o processador depois de tantas voltas. O
+# padrão, 300 mil, torna tudo dez vezes mais lento se outro programa também quer o núcleo.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-
-# No Linux, memória em páginas grandes: os tensores que nascem e morrem a cada passo custam menos
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # ------------------------------------------------------------------------------------------------
 # A receita
@@ -79,16 +84,13 @@ class KVCache:
         self.block_size = block_size
         self.length = 0  # quantos tokens já estão guardados
 
-    def append(self, k, v):
-        """Guarda k e v (B, nh, T, hs) dos tokens novos e devolve os de todos até aqui."""
+    def append(self, kv):
+        """Guarda k e v, juntos (2, B, nh, T, hs), dos tokens novos; devolve os de todos até aqui."""
         if self.length == 0:  # o espaço todo é reservado de uma vez: crescer aos poucos copiaria
-            B, nh, _, hs = k.shape
-            self.k = k.new_empty(B, nh, self.block_size, hs)
-            self.v = k.new_empty(B, nh, self.block_size, hs)
-        old, self.length = self.length, self.length + k.size(2)
-        self.k[:, :, old : self.length] = k
-        self.v[:, :, old : self.length] = v
-        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+            self.kv = kv.new_empty(*kv.shape[:3], self.block_size, kv.size(4))
+        old, self.length = self.length, self.length + kv.size(3)
+        self.kv[:, :, :, old : self.length] = kv
+        return self.kv[:, :, :, : self.length]
 
 
 class CausalSelfAttention(nn.Module):
@@ -105,21 +107,20 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, cache=None, weights=None):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) -> três de (B, T, C)
-        # cada cabeça fica com uma fatia do vetor: (B, T, C) -> (B, T, nh, hs) -> (B, nh, T, hs)
-        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))
-        if cache is not None:
-            k, v = cache.append(k, v)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, nh, hs)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # cada cabeça com a sua fatia: (3, B, nh, T, hs)
+        q, k, v = qkv if cache is None else (qkv[0], *cache.append(qkv[1:]))  # (B, nh, T, hs)
         if weights is not None:
             y, layer_weights = attention(q, k, v)
             weights.append(layer_weights)
-        else:  # a mesma conta de `attention`, sem montar a matriz (T, T) inteira na memória
-            dropout = self.dropout if self.training else 0.0
-            if self.training and x.device.type == "cpu":
-                q, k, v = q.float(), k.float(), v.float()  # na CPU, o gradiente em bfloat16 é lento
+        elif not self.training:  # a mesma conta, sem montar a matriz (T, T) inteira na memória
+            # um token só, o mais novo, pode ver todos: não há futuro a esconder
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+        else:
+            if x.device.type == "cpu":  # na CPU, o gradiente da atenção em bfloat16 é lento
+                q, k, v = q.float(), k.float(), v.float()
             with torch.autocast("cpu", enabled=False):  # (para que fique em float32)
-                # um token só, o mais novo, pode ver todos: não há futuro a esconder
-                y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
+                y = F.scaled_dot_product_attention(q, k, v, None, self.dropout, is_causal=True)
         y = y.transpose(1, 2).reshape(B, T, C)  # as cabeças lado a lado: -> (B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -155,6 +156,11 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))  # (B, T, C)
 
 
+def embedding(rows, size):
+    """Uma tabela com um vetor por linha, ainda sem valores: init_weights os sorteia."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, size), freeze=False)
+
+
 class GPT(nn.Module):
     """O GPT-2 completo. Os nomes das partes são os do modelo publicado (wte, wpe, h, ln_f)."""
 
@@ -166,12 +172,13 @@ class GPT(nn.Module):
                 "cada cabeça leva uma fatia igual do vetor. Mude um dos dois."
             )
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # o vetor de cada token
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # o vetor de cada posição
+        self.wte = embedding(config.vocab_size, config.n_embd)  # o vetor de cada token
+        self.wpe = embedding(config.block_size, config.n_embd)  # o vetor de cada posição
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.init_weights()
+        if not self.wte.weight.is_meta:  # (no dispositivo "meta" só há formas, e nada a sortear)
+            self.init_weights()
 
     def init_weights(self):
         """Pesos iniciais do GPT-2: matrizes de desvio 0,02; vieses em 0, LayerNorm em 1."""
@@ -205,8 +212,7 @@ class GPT(nn.Module):
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens não cabem em block_size = {self.config.block_size}")
         # o que o token é, mais onde ele está: (B, T, C) + (T, C) -> (B, T, C)
-        x = self.wte(idx) + self.wpe(torch.arange(start, end, device=idx.device))
-        x = self.drop(x)
+        x = self.drop(self.wte(idx) + self.wpe.weight[start:end])
         for i, block in enumerate(self.h):
             x = block(x, cache[i] if cache else None, weights)
         x = self.ln_f(x)
@@ -259,12 +265,12 @@ def sample_token(logits, temperature=1.0, top_k=0, generator=None):
     """Escolhe um token por linha: notas (B, V) -> números (B,); argumentos como em generate."""
     if temperature == 0:
         return logits.argmax(-1)
+    if top_k:  # as notas dos k mais prováveis, e os números deles: (B, k)
+        logits, tokens = logits.topk(min(top_k, logits.size(-1)))
     logits = logits.float()
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # a maior vira 0: não estoura
-    if top_k:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1): a k-ésima nota
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    choice = torch.multinomial(logits.softmax(-1), 1, generator=generator)  # (B, 1)
+    return (tokens.gather(1, choice) if top_k else choice)[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -294,7 +300,7 @@ def choose_device(name="auto"):
 def choose_dtype(device, name="auto", native_bf16=None):
     """Escolhe a precisão das contas: 'auto', 'float32', 'bfloat16' ou 'float16'.
 
-    native_bf16: se o chip calcula em bfloat16 sem emular; None pergunta ao próprio chip.
+    native_bf16: se o chip ganha tempo com bfloat16; None pergunta ao próprio chip.
     Devolve um torch.dtype. Um nome desconhecido encerra com mensagem.
     """
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -311,12 +317,17 @@ def choose_dtype(device, name="auto", native_bf16=None):
 
 
 def has_native_bf16(device):
-    """Diz se o chip tem instruções próprias para bfloat16 (emulado, ele seria mais lento)."""
+    """Diz se o chip ganha tempo com bfloat16 (emulado, ele seria mais lento)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return False
+    if device.type != "cpu" or not (
+            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return False
+    times = []  # há processadores que têm as instruções e não ganham com elas: uma corrida decide
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.ones(512, 512, dtype=dtype)
+        times.append(min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=10)))
+    return times[0] > 1.5 * times[1]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -20,14 +20,14 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
-from model import (
+from model import (  # antes do torch: model.py ajusta o ambiente dele
     GPT, GPTConfig, choose_device, choose_dtype, load_weights, read_checkpoint, read_pretrained,
     to_pretrained, write_safetensors)
 from prepare import (
     END_OF_TEXT, build_encoding, fetch_pretrained, parse_arguments, read_pretrained_tokenizer, run,
     to_pretrained_tokenizer, whole_file)
+
+import torch
 
 
 def find_checkpoint(out_dir):
@@ -57,6 +57,13 @@ def load_model(path):
         raise SystemExit(f"{path}: o modelo dá notas a {model.config.vocab_size} tokens, e o "
                          f"vocabulário tem {tokenizer['vocab_size']}.")
     return model.eval(), tokenizer
+
+
+def sampling_dtype(model, device, name="auto"):
+    """A precisão para gerar: a que o chip faz melhor, ou a do nome dado."""
+    if name == "auto" and device.type == "cpu" and model.num_params() < 25e6:
+        return torch.float32  # cabe no cache do processador: não há leitura da memória a poupar
+    return choose_dtype(device, name)
 
 
 def export(folder, model, tokenizer):
@@ -137,11 +144,11 @@ def main(arguments=None):
 
     start = read_start(options.start)
     device = choose_device(options.device)
-    dtype = choose_dtype(device, options.dtype)
     model, tokenizer = load_model(options.init_from or find_checkpoint(options.out_dir))
     if options.export:
         return export(options.export, model, tokenizer)
-    model, encoding = model.to(device, dtype), build_encoding(tokenizer)
+    model = model.to(device, sampling_dtype(model, device, options.dtype))
+    encoding = build_encoding(tokenizer)
     # no treino, o <|endoftext|> fecha um documento; logo depois dele começa outro
     ids = [encoding.eot_token, *encoding.encode_ordinary(start)]
     idx = torch.tensor([ids] * options.num_samples, device=device)  # (B, T)

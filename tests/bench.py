@@ -1,7 +1,10 @@
 """Mede a velocidade ao lado de outro programa, na mesma rodada: entre máquinas, só a razão vale.
 
-python tests/bench.py            tudo, em uns cinco minutos, sem mais nada rodando
-python tests/bench.py bpe        só uma parte: machine, bpe, training, sampling, batch, start
+python tests/bench.py            tudo, em uns dez minutos, sem mais nada rodando
+python tests/bench.py bpe        só uma parte: bpe, training, sampling, flat, batch, start, memory
+
+Ao lado de cada velocidade vai a fração que ela é do limite da máquina, medido na mesma rodada:
+multiplicar matrizes, no treino; ler os pesos uma vez por token, na geração.
 """
 
 import os
@@ -14,17 +17,20 @@ from collections import Counter
 from pathlib import Path
 
 import regex
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from model import GPT, GPTConfig, choose_dtype  # noqa: E402
+from model import GPT, GPTConfig, choose_dtype  # noqa: E402  (antes do torch)
 from prepare import PATTERN, train_bpe  # noqa: E402
+from sample import sampling_dtype  # noqa: E402
 from train import Config, make_optimizers  # noqa: E402
 
+import torch  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
+from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
+
 CPU = torch.device("cpu")
+LIMITS = {}  # os da máquina, que machine() mede
 SHAPES = {  # block_size, vocab_size, n_layer, n_head, n_embd
     "tiny": (128, 4096, 4, 6, 192),
     "6 × 256": (128, 4096, 6, 8, 256),
@@ -45,14 +51,16 @@ def medians(*functions, rounds=5):
 
 
 def machine():
-    """Os limites: multiplicar matrizes e ler a memória."""
+    """Os limites: as operações por segundo de um produto de matrizes e a leitura da memória."""
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.randn(2048, 2048).to(dtype)
         (time_,) = medians(lambda: a @ a)
-        print(f"matmul {str(dtype)[6:]}: {2 * 2048**3 / time_ / 1e9:.0f} GFLOP/s")
-    data = torch.ones(2**27)
-    (time_,) = medians(lambda: data.sum())
-    print(f"leitura da memória: {data.nbytes / time_ / 1e9:.1f} GB/s")
+        LIMITS[dtype] = 2 * 2048**3 / time_
+        print(f"matmul {str(dtype)[6:]}: {LIMITS[dtype] / 1e9:.0f} GFLOP/s")
+    data, vector = torch.ones(2**14, 2**13), torch.ones(2**13)  # 512 MB, mais que qualquer cache
+    (time_,) = medians(lambda: data @ vector)
+    LIMITS["memory"] = data.nbytes / time_
+    print(f"leitura da memória: {LIMITS['memory'] / 1e9:.1f} GB/s")
 
 
 def bpe():
@@ -126,11 +134,15 @@ def training():
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    # por token, 6 operações por parâmetro, e as da atenção: q·kᵀ e pesos·v, ida e volta
+    block_size, _, n_layer, _, n_embd = shape
+    work = x.numel() * (6 * ours.num_params() + 12 * n_layer * n_embd * block_size)
     mine, with_muon, other = medians(lambda: step(adamw), lambda: step(muon), their_step, rounds=9)
     for name, time_ in (("AdamW", mine), ("Muon", with_muon)):
         print(
             f"treino 6 × 256, {name}, {str(dtype)[6:]}: {x.numel() / time_:.0f} tokens/s; "
-            f"transformers {x.numel() / other:.0f}; razão {other / time_:.2f}"
+            f"transformers {x.numel() / other:.0f}; razão {other / time_:.2f}; "
+            f"{work / time_ / LIMITS[dtype]:.0%} do limite"
         )
 
 
@@ -139,7 +151,7 @@ def sampling():
     for name, shape in SHAPES.items():
         count = 100
         ours, theirs = make_models(shape)
-        ours.to(choose_dtype(CPU)).eval()
+        ours.to(sampling_dtype(ours, CPU)).eval()
         idx = torch.zeros(1, 8, dtype=torch.long)
         mine, other = medians(
             lambda: list(ours.generate(idx, count, 0.8, 20)),
@@ -152,18 +164,35 @@ def sampling():
                 top_k=20,
                 pad_token_id=0,
             ),
-            rounds=3,
+            rounds=5,
         )
+        weights = sum(p.nbytes for p in ours.parameters())
         print(
-            f"geração {name}: {count / mine:.0f} tokens/s; transformers {count / other:.0f}; "
-            f"razão {other / mine:.2f}"
+            f"geração {name}, {str(ours.wte.weight.dtype)[6:]}: {count / mine:.0f} tokens/s; "
+            f"transformers {count / other:.0f}; razão {other / mine:.2f}; "
+            f"{weights * count / mine / LIMITS['memory']:.0%} do limite"
         )
+
+
+def flat():
+    """O token 1.000 contra o token 100, no modelo de 124M: com o cache, quase o mesmo."""
+    ours, _ = make_models(SHAPES["124M"])
+    ours.to(sampling_dtype(ours, CPU)).eval()
+
+    def tokens_after(length):  # o tempo de 20 tokens, sem o da leitura do começo
+        tokens = ours.generate(torch.zeros(1, length, dtype=torch.long), 21, 0.8, 20)
+        next(tokens)
+        return seconds(lambda: list(tokens))
+
+    times = [(tokens_after(90), tokens_after(990)) for _ in range(5)]
+    early, late = (statistics.median(column) for column in zip(*times))
+    print(f"token 1.000 contra token 100, 124M: {late / early:.2f} vezes o tempo")
 
 
 def batch():
     """Oito textos de uma vez contra um só, em tokens por segundo."""
     ours, _ = make_models(SHAPES["tiny"])
-    ours.to(choose_dtype(CPU)).eval()
+    ours.to(sampling_dtype(ours, CPU)).eval()
     one, eight = (torch.zeros(size, 8, dtype=torch.long) for size in (1, 8))
     alone, together = medians(
         lambda: list(ours.generate(one, 100, 0.8, 20)),
@@ -197,8 +226,55 @@ def start():
     print(f"sample.py, um token: {sampled:.2f} s, {sampled / imports:.2f} vezes")
 
 
+TRAIN_124M = """
+import sys
+sys.path[:0] = {paths!r}
+from bench import SHAPES, make_models
+import torch
+from train import Config, make_optimizers
+which = {which!r}
+block_size, *rest = SHAPES["124M"]
+ours, theirs = make_models((256, *rest))
+x = torch.randint(50257, (4, 256))
+if which == "transformers":
+    del ours
+    optimizers = [torch.optim.AdamW(theirs.parameters())]
+else:
+    del theirs
+    dtype = getattr(torch, which)
+    optimizers = make_optimizers(ours, Config(), dtype)
+for _ in range(2):
+    if which == "transformers":
+        loss = theirs(x, labels=x).loss
+    else:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = ours(x, x)[1]
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+"""
+
+
+def memory():
+    """O pico de memória de um processo que treina o modelo de 124M, com 4 × 256 tokens por passo."""
+    peaks = {}
+    for which in ("transformers", "float32", "bfloat16"):
+        code = TRAIN_124M.format(paths=[str(ROOT), str(ROOT / "tests")], which=which)
+        code += "import resource\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        output = subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True
+        ).stdout
+        peaks[which] = int(output) / 2**20  # o Linux conta em KiB
+    for which, peak in peaks.items():
+        print(f"memória do treino, 124M, {which}: {peak:.2f} GB; razão "
+              f"{peak / peaks['transformers']:.2f}")
+
+
 if __name__ == "__main__":
-    parts = [machine, bpe, training, sampling, batch, start]
-    for part in parts:
-        if part.__name__ in (sys.argv[1:] or [part.__name__]):
-            part()
+    parts = [bpe, training, sampling, flat, batch, start, memory]
+    chosen = [part for part in parts if part.__name__ in (sys.argv[1:] or [part.__name__])]
+    if training in chosen or sampling in chosen:
+        machine()
+    for part in chosen:
+        part()

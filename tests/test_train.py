@@ -126,7 +126,9 @@ def test_evaluation_sees_all_of_a_small_text_and_spaced_windows_of_a_large_one(n
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (48, 16), (16, 64)])
-def test_muon_equals_torch(shape):
+def test_muon_equals_torch(shape, monkeypatch):
+    # o polinômio do artigo, que é o do torch, em vez do nosso
+    monkeypatch.setattr(train, "NEWTON_SCHULZ", ((3.4445, -4.7750, 2.0315),) * 5)
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Parameter(p) for p in torch.randn(1, *shape).repeat(2, 1, 1))
     optimizers = [
@@ -145,8 +147,9 @@ def test_muon_equals_torch(shape):
 @pytest.mark.parametrize("shape", [(32, 32), (96, 32), (32, 128)])
 def test_orthogonalize_evens_out_the_singular_values(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    before = torch.linalg.svdvals(matrix / matrix.norm())
     singular = torch.linalg.svdvals(orthogonalize(matrix, torch.float32))
-    assert 0.3 < singular.min() and singular.max() < 1.3
+    assert singular.max() < 1.28 and (singular > 0.72).sum() >= (before > 0.01).sum()
     assert (orthogonalize(matrix, torch.float32) * matrix).sum() > 0  # a mesma direção
 
 

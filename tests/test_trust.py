@@ -111,7 +111,11 @@ def test_killed_while_it_saves(tmp_path):
     """Um processo que só grava, morto em 40 momentos: o arquivo está sempre inteiro."""
     path = tmp_path / "last.pt"
     moments = random.Random(0)
-    before = 0
+    before, written = 0, None
+
+    def time_of_writing():
+        return path.stat().st_mtime_ns if path.exists() else None
+
     for _ in range(40):
         child = os.fork()
         if child == 0:
@@ -121,15 +125,15 @@ def test_killed_while_it_saves(tmp_path):
                 with whole_file(path) as file:
                     contents = {"model": {"x": torch.from_numpy(np.full(100_000, number))}}
                     torch.save(contents | {"model_config": {}, "step": number}, file)
-        time.sleep(0.005 + moments.random() * 0.02)
+        while time_of_writing() == written:  # ao menos uma gravação inteira, e parte de outra
+            time.sleep(0.001)
+        time.sleep(moments.random() * 0.02)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        if path.exists():
-            checkpoint = read_checkpoint(path)
-            assert checkpoint["step"] >= before
-            assert (checkpoint["model"]["x"] == checkpoint["step"]).all()
-            before = checkpoint["step"]
-    assert before > 40
+        checkpoint, written = read_checkpoint(path), time_of_writing()
+        assert checkpoint["step"] > before
+        assert (checkpoint["model"]["x"] == checkpoint["step"]).all()
+        before = checkpoint["step"]
 
 
 def test_leftovers_of_a_killed_run_are_cleaned_up(workdir):
