@@ -9,16 +9,20 @@ Como rodar, depois de um treino:
     python sample.py --start "O gato" --temperature 1.2 --num_samples 3
     python sample.py --init_from gpt2 --start "The cat"     o GPT-2 publicado, baixado
     python sample.py --export modelo                        grava no formato do Hugging Face
+    python sample.py --attention "O gato viu o rato e _ele_ fugiu."    para onde o modelo olha
 
 O texto sai em stdout e as informações em stderr: `python sample.py > conto.txt` guarda só o texto.
 """
 
 import argparse
 import codecs
+import html
 import json
 import sys
 import time
 from pathlib import Path
+
+import regex
 
 from model import (  # antes do torch: model.py ajusta o ambiente dele
     GPT, GPTConfig, choose_device, choose_dtype, load_weights, read_checkpoint, read_pretrained,
@@ -28,6 +32,7 @@ from prepare import (
     to_pretrained_tokenizer, whole_file)
 
 import torch
+from torch.nn import functional as F
 
 
 def find_checkpoint(out_dir):
@@ -113,6 +118,124 @@ def text_pieces(ids, encoding):
         yield decoder.decode(encoding.decode_single_token_bytes(i))
 
 
+# ------------------------------------------------------------------------------------------------
+# Um olhar sobre a atenção: para que palavras o modelo olha
+
+
+def split_words(text, tokenizer):
+    """Separa uma frase em [(palavra, tokens dela), ...] e diz qual é a perguntada.
+
+    A perguntada vem entre sublinhados (_ela_); sem eles, é a última. A frase começa pelo
+    <|endoftext|>, como os textos do treino. As fusões do BPE não atravessam palavras: codificar
+    cada uma por si dá os mesmos tokens que codificar a frase.
+    """
+    before, *marked = regex.split(r"(?<!\w)_([^_\s]+)_(?!\w)", text)
+    if len(marked) > 2:
+        raise SystemExit("Marque uma palavra só entre sublinhados, como _ela_.")
+    encoding = build_encoding(tokenizer)
+    words, asked = [("(começo)", [encoding.eot_token])], 0
+    for word in regex.finditer(tokenizer["pattern"], before + "".join(marked)):
+        end = len(before) + len(marked[0]) if marked else len(text)
+        if word.start() < end and regex.search(r"\w", word[0]):
+            asked = len(words)
+        words.append((word[0].strip() or "␣", encoding.encode_ordinary(word[0])))
+    if not asked:
+        raise SystemExit("--attention pede uma frase, com ao menos uma palavra.")
+    return words, asked
+
+
+@torch.inference_mode()
+def word_attention(model, words):
+    """Quanto cada palavra (linha) olha para cada uma (coluna): (L, nh, W, W), em W palavras.
+
+    De uma palavra de vários tokens, somam-se as parcelas que eles recebem e tira-se a média das que
+    eles dão (Clark et al. 2019, "What Does BERT Look At?", seção 4): cada linha soma 1.
+    """
+    ids = torch.tensor([[token for _, tokens in words for token in tokens]])  # (1, T)
+    if ids.size(1) > model.config.block_size:
+        raise SystemExit(f"A frase tem {ids.size(1)} tokens, e este modelo enxerga no máximo "
+                         f"{model.config.block_size}: encurte a frase.")
+    weights = []  # de cada camada, (1, nh, T, T)
+    model(ids.to(model.wte.weight.device), weights=weights)
+    owner = [i for i, (_, tokens) in enumerate(words) for _ in tokens]  # a palavra de cada token
+    member = F.one_hot(torch.tensor(owner)).float()  # (T, W)
+    return (member / member.sum(0)).T @ torch.cat(weights).float().cpu() @ member
+
+
+def show_attention(options, model, tokenizer):
+    """Mostra para que palavras a palavra perguntada olha, e grava a figura, se foi pedida."""
+    words, asked = split_words(options.attention, tokenizer)
+    shares = word_attention(model, words)  # (L, nh, W, W)
+    numbers = []  # as camadas e as cabeças escolhidas, contadas a partir de 1
+    for name, count in (("layer", shares.size(0)), ("head", shares.size(1))):
+        chosen = getattr(options, name)
+        if chosen is not None and not 1 <= chosen <= count:
+            raise SystemExit(f"--{name} {chosen} não existe: este modelo tem de 1 a {count}.")
+        numbers.append([chosen] if chosen else list(range(1, count + 1)))
+    layers, heads = numbers
+    shares = shares[layers[0] - 1 : layers[-1], heads[0] - 1 : heads[-1]]
+    names = [f"camada {layer}, cabeça {head}" for layer in layers for head in heads]
+    shares = shares.flatten(0, 1)  # (cabeças, W, W)
+    rows = shares[:, asked]  # (cabeças, W): o olhar da palavra perguntada
+    mean = rows.mean(0)
+    print(f"Para onde olha «{words[asked][0]}»: "
+          + (names[0] if len(names) == 1 else f"a média de {len(names)} cabeças") + "\n")
+    width = max(len(word) for word, _ in words[: asked + 1])
+    for i in mean[: asked + 1].argsort(descending=True).tolist():
+        best = rows[:, i].argmax().item()
+        bar = "█" * round(30 * (mean[i] / mean.max()).item())
+        note = f" a que mais olha: {names[best]}, {rows[best, i]:.0%}" if len(names) > 1 else ""
+        print(f"{words[i][0]:>{width}} {mean[i]:6.1%} {bar:<30}{note}".rstrip())
+    print("\nIsto mostra para onde este modelo olha, e não o que é certo: uma cabeça pode olhar para "
+          "outra coisa,\nou para o começo, quando não acha o que procura.")
+    if options.image:
+        columns = len(heads) if len(layers) > 1 else min(3, len(heads))
+        drawing = draw_attention(shares, [word for word, _ in words], asked, names, columns)
+        with whole_file(Path(options.image)) as file:
+            file.write(drawing.encode())
+        print(f"A figura está em {options.image}.")
+
+
+def draw_attention(shares, words, asked, names, columns):
+    """Desenha um mapa de calor por cabeça: o texto de um SVG; shares: (cabeças, W, W).
+
+    Em cada mapa, a linha é a palavra que olha, e a coluna, a olhada; quanto mais escuro, mais.
+    """
+    cell, gap, margin = 14, 24, 7 * max(map(len, words)) + 12  # em pixels
+    side = len(words) * cell
+    width = margin + columns * (side + gap)
+    height = -(-len(names) // columns) * (side + gap) + margin
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+             'font-family="sans-serif" font-size="11" fill="#222">',
+             '<rect width="100%" height="100%" fill="#fff"/>']  # legível também em página escura
+    labels = [html.escape(word) for word in words]
+    for k, name in enumerate(names):
+        left, top = margin + k % columns * (side + gap), k // columns * (side + gap) + gap
+        parts.append(f'<text x="{left}" y="{top - 5}">{name}</text>')
+        for i, label in enumerate(labels):
+            weight = ' font-weight="bold"' if i == asked else ""
+            middle = (i + 0.8) * cell
+            if k % columns == 0:
+                parts.append(f'<text x="{left - 5}" y="{top + middle}" text-anchor="end"{weight}>'
+                             f"{label}</text>")
+            if k + columns >= len(names):  # o último da sua coluna
+                x, y = left + middle, top + side + 5
+                parts.append(f'<text x="{x}" y="{y}" text-anchor="end" '
+                             f'transform="rotate(-90 {x} {y})"{weight}>{label}</text>')
+            for j, share in enumerate(shares[k, i].tolist()):
+                if share >= 0.01:
+                    parts.append(f'<rect x="{left + j * cell}" y="{top + i * cell}" width="{cell}" '
+                                 f'height="{cell}" fill="#1b4f9c" fill-opacity="{share:.2f}"/>')
+        parts.append(f'<rect x="{left}" y="{top}" width="{side}" height="{side}" fill="none" '
+                     'stroke="#999"/>')
+        parts.append(f'<rect x="{left}" y="{top + asked * cell}" width="{side}" height="{cell}" '
+                     'fill="none" stroke="#d33"/>')
+    return "\n".join([*parts, "</svg>\n"])
+
+
+# ------------------------------------------------------------------------------------------------
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(
         description="Escreve textos com um modelo treinado.", allow_abbrev=False)
@@ -131,6 +254,11 @@ def main(arguments=None):
     add("--init_from", metavar="MODELO",
         help="em vez de um treino seu: um .pt, gpt2 (gpt2-medium, gpt2-large, gpt2-xl), DONO/NOME "
         "no Hugging Face, ou uma pasta nesse formato")
+    add("--attention", metavar="FRASE",
+        help="mostra para que palavras olha a que vier entre sublinhados (_ela_), ou a última")
+    add("--layer", type=int, metavar="N", help="com --attention: só esta camada, de 1 em diante")
+    add("--head", type=int, metavar="N", help="com --attention: só esta cabeça, de 1 em diante")
+    add("--image", metavar="ARQUIVO.svg", help="com --attention: um mapa de calor por cabeça")
     add("--export", metavar="PASTA", help="só grava o modelo no formato do Hugging Face")
     add("--device", default="auto", metavar="NOME", help="auto, cuda, mps ou cpu [auto]")
     add("--dtype", default="auto", metavar="NOME", help="auto, float32, bfloat16 ou float16 [auto]")
@@ -142,12 +270,17 @@ def main(arguments=None):
     if options.seed >= 2**32:
         raise SystemExit(f"--seed {options.seed} não serve: o máximo é {2**32 - 1}.")
 
+    if options.attention is None and (options.layer, options.head, options.image) != (None,) * 3:
+        parser.error("--layer, --head e --image só valem com --attention")
+
     start = read_start(options.start)
     device = choose_device(options.device)
     model, tokenizer = load_model(options.init_from or find_checkpoint(options.out_dir))
     if options.export:
         return export(options.export, model, tokenizer)
     model = model.to(device, sampling_dtype(model, device, options.dtype))
+    if options.attention is not None:
+        return show_attention(options, model, tokenizer)
     encoding = build_encoding(tokenizer)
     # no treino, o <|endoftext|> fecha um documento; logo depois dele começa outro
     ids = [encoding.eot_token, *encoding.encode_ordinary(start)]

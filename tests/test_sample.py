@@ -1,6 +1,7 @@
 """sample.py: o texto que sai, letra por letra, e os erros."""
 
 import os
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -121,3 +122,106 @@ def test_bad_options(trained, option, word):
 
 def test_unknown_option(trained):
     assert_short_error(run_sample(trained, "--top-k=3", check=False), "Seria top_k?", code=2)
+
+
+# ------------------------------------------------------------------------------------------------
+# A atenção visível
+
+
+def letters_tokenizer():
+    """Um vocabulário de bytes e uma só fusão: quase toda palavra tem vários tokens."""
+    return prepare.make_tokenizer("bpe", {bytes([b]): b for b in range(256)} | {b" o": 256})
+
+
+def test_words_and_their_tokens_are_those_of_the_whole_sentence(trained):
+    _, tokenizer = sample.load_model(trained / "out/a/best.pt")
+    encoding = build_encoding(tokenizer)
+    text = "A cachorra correu atrás da bola, mas ela era rápida!"
+    words, asked = sample.split_words(text.replace("ela", "_ela_"), tokenizer)
+    ids = [token for _, tokens in words for token in tokens]
+    assert ids == [encoding.eot_token, *encoding.encode_ordinary(text)]
+    assert words[asked][0] == "ela"
+    assert "".join(word for word, _ in words[1:]) == text.replace(" ", "")
+
+
+@pytest.mark.parametrize(
+    "sentence, asked",
+    [
+        ("o gato viu", "viu"),
+        ("o gato viu!...", "viu"),
+        ("_o_ gato", "o"),
+        ("o _guarda-chuva_ caiu", "chuva"),
+        ("nome_de_variável _fim_.", "fim"),
+        ("ele, _ele_, ele", "ele"),
+    ],
+)
+def test_the_asked_word(sentence, asked):
+    words, i = sample.split_words(sentence, letters_tokenizer())
+    assert words[i][0] == asked
+    assert not sentence.startswith("ele") or i == 3  # (começo), "ele", ",", "ele"
+
+
+def test_word_attention_equals_sums_by_hand(trained):
+    model, tokenizer = sample.load_model(trained / "out/a/best.pt")
+    words, _ = sample.split_words("O gato viu.", letters_tokenizer())
+    words = [(word, [token % model.config.vocab_size for token in tokens]) for word, tokens in words]
+    ids = torch.tensor([[token for _, tokens in words for token in tokens]])
+    weights = []
+    model(ids, weights=weights)
+    shares = sample.word_attention(model, words)
+    spans, start = [], 0
+    for _, tokens in words:
+        spans.append(range(start, start + len(tokens)))
+        start += len(tokens)
+    for layer in range(2):
+        for head in range(2):
+            for i, asking in enumerate(spans):
+                for j, seen in enumerate(spans):
+                    expected = sum(
+                        weights[layer][0, head, a, b].item() for a in asking for b in seen
+                    ) / len(asking)
+                    assert abs(shares[layer, head, i, j].item() - expected) < 1e-6
+    assert (shares.sum(-1) - 1).abs().max() < 1e-5
+
+
+def test_attention_lists_every_word_up_to_the_asked_one(trained, tmp_path):
+    image = tmp_path / "a.svg"
+    output = run_sample(
+        trained, "--attention=A < gato _viu_ ela", f"--image={image}"
+    ).stdout
+    rows = [line for line in output.splitlines() if "%" in line]
+    percents = [float(row.split("%")[0].split()[-1]) for row in rows]
+    assert percents == sorted(percents, reverse=True) and abs(sum(percents) - 100) < 1
+    assert sorted(row.split()[0] for row in rows) == ["(começo)", "<", "A", "gato", "viu"]
+    assert "camada" in rows[0] and "não o que é certo" in output
+    drawing = ElementTree.parse(image).getroot()
+    texts = [text.text for text in drawing.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts.count("camada 2, cabeça 1") == 1 and "ela" in texts and "<" in texts
+    one = run_sample(trained, "--attention=O gato viu", "--layer=2", "--head=1").stdout
+    assert "camada 2, cabeça 1" in one and "média" not in one
+
+
+def test_layer_and_head_choose_what_is_shown(trained):
+    model, tokenizer = sample.load_model(trained / "out/a/best.pt")
+    words, asked = sample.split_words("O gato viu", tokenizer)
+    shares = sample.word_attention(model.float(), words)
+    shown = run_sample(trained, "--attention=O gato viu", "--layer=2", "--head=1").stdout
+    first = next(line for line in shown.splitlines() if "%" in line)
+    assert f"{shares[1, 0, asked].max():.1%}" in first
+
+
+@pytest.mark.parametrize(
+    "options, word, code",
+    [
+        (["--attention="], "frase", 1),
+        (["--attention=..."], "frase", 1),
+        (["--attention=_um_ e _dois_"], "sublinhados", 1),
+        (["--attention=" + "muito " * 20], "16", 1),
+        (["--attention=O gato", "--layer=3"], "--layer 3", 1),
+        (["--attention=O gato", "--head=0"], "--head 0", 1),
+        (["--layer=1"], "--attention", 2),
+        (["--image=a.svg"], "--attention", 2),
+    ],
+)
+def test_bad_attention_options(trained, options, word, code):
+    assert_short_error(run_sample(trained, *options, check=False), word, code=code)
