@@ -67,7 +67,7 @@ def attention(q, k, v):
     (B, nh, T, T): quanto cada token olha para os anteriores e para si mesmo; cada linha soma 1.
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, nh, T, T): afinidades
-    past = k.size(2) - q.size(2)  # com o cache, k tem mais tokens que q: os já lidos
+    past = k.size(2) - q.size(2)  # com o KVCache, abaixo, k tem também os já lidos
     future = torch.ones_like(scores, dtype=torch.bool).triu(past + 1)  # o que vem depois de cada q
     weights = scores.masked_fill(future, -math.inf).softmax(-1)  # exp(-inf) = 0: ninguém o vê
     return weights @ v, weights  # (B, nh, T, T) @ (B, nh, T, hs) -> (B, nh, T, hs)
@@ -85,7 +85,7 @@ class KVCache:
         self.length = 0  # quantos tokens já estão guardados
 
     def append(self, kv):
-        """Guarda k e v, juntos (2, B, nh, T, hs), dos tokens novos; devolve os de todos até aqui."""
+        """Guarda k e v dos tokens novos, juntos (2, B, nh, T, hs); devolve os de todos."""
         if self.length == 0:  # o espaço todo é reservado de uma vez: crescer aos poucos copiaria
             self.kv = kv.new_empty(*kv.shape[:3], self.block_size, kv.size(4))
         old, self.length = self.length, self.length + kv.size(3)
@@ -109,7 +109,8 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, nh, hs)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # cada cabeça com a sua fatia: (3, B, nh, T, hs)
-        q, k, v = qkv if cache is None else (qkv[0], *cache.append(qkv[1:]))  # (B, nh, T, hs)
+        q, k, v = qkv if cache is None else (qkv[0], *cache.append(qkv[1:]))
+        # q, k e v: (B, nh, T, hs); com o cache, k e v têm também os tokens já lidos
         if weights is not None:
             y, layer_weights = attention(q, k, v)
             weights.append(layer_weights)
@@ -151,7 +152,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cache=None, weights=None):
-        # a LayerNorm (Ba et al. 2016) vem antes de cada parte: o caminho principal fica livre
+        # a LayerNorm (Ba et al. 2016) põe os C números de cada token na mesma escala (média 0,
+        # desvio 1); vem antes de cada parte, para deixar livre o caminho principal
         x = x + self.attn(self.ln_1(x), cache, weights)  # (B, T, C)
         return x + self.mlp(self.ln_2(x))  # (B, T, C)
 
@@ -280,7 +282,7 @@ def sample_token(logits, temperature=1.0, top_k=0, generator=None):
 def choose_device(name="auto"):
     """Escolhe onde calcular: 'auto' procura cuda, depois mps (Mac), depois cpu.
 
-    Devolve um torch.device. Um nome desconhecido ou que não funciona aqui encerra com mensagem.
+    Devolve um torch.device. Um nome que não existe ou não funciona aqui encerra o programa.
     """
     candidates = ["cuda", "mps", "cpu"] if name == "auto" else [name]
     for candidate in candidates:
@@ -301,7 +303,7 @@ def choose_dtype(device, name="auto", native_bf16=None):
     """Escolhe a precisão das contas: 'auto', 'float32', 'bfloat16' ou 'float16'.
 
     native_bf16: se o chip ganha tempo com bfloat16; None pergunta ao próprio chip.
-    Devolve um torch.dtype. Um nome desconhecido encerra com mensagem.
+    Devolve um torch.dtype. Um nome desconhecido encerra o programa com uma mensagem.
     """
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name != "auto":
@@ -340,7 +342,7 @@ def read_checkpoint(path, *needed):
     Um arquivo .pt é um zip: a soma de verificação (CRC) de cada parte é conferida antes. Só entram
     tensores e tipos simples (weights_only=True): um arquivo alheio não consegue executar nada.
     Um arquivo ausente, danificado ou sem as partes necessárias (o modelo e o que mais se pede em
-    needed) encerra com mensagem.
+    needed) encerra o programa com uma mensagem.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -442,7 +444,7 @@ def write_safetensors(file, tensors):
 def read_pretrained(folder):
     """Lê um GPT-2 no formato do Hugging Face: um dicionário como o de read_checkpoint.
 
-    Outra arquitetura ou um arquivo danificado encerra com mensagem.
+    Outra arquitetura ou um arquivo danificado encerra o programa com uma mensagem.
     """
     path = folder / "config.json"
     try:

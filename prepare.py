@@ -1,8 +1,8 @@
 """De texto a tokens: aprende um vocabulário e grava os números que o modelo vai ler.
 
 É o passo 3 do *LLM do Zero* (dados e tokenização). Um modelo não lê letras, lê números. Este
-programa junta os textos, separa uma parte para a validação, aprende com o resto quais pedaços de
-palavra merecem um número (o vocabulário) e grava tudo em data/NOME/:
+programa junta os textos, separa uma parte que o modelo não verá no treino (a validação), aprende
+com o resto quais pedaços de palavra (os tokens) merecem um número e grava tudo em data/NOME/:
 
     train.bin, val.bin   os números dos tokens, 2 bytes cada um (uint16, little-endian)
     vocab.tiktoken       o vocabulário: os bytes de cada token em base64 e o número dele
@@ -45,8 +45,8 @@ import tiktoken
 # A lição: tokenização
 #
 # BPE (byte pair encoding; Sennrich et al. 2016) começa com 256 tokens, um por byte. Depois repete:
-# acha o par de tokens vizinhos mais frequente e faz dele um token novo. "qu", "ção" e " casa"
-# viram um número cada, e nenhum texto fica de fora: o que não se aprendeu continua em bytes.
+# acha o par de tokens vizinhos mais frequente e faz dele um token novo (uma fusão). "qu", "ção" e
+# " casa" viram um número cada, e nenhum texto fica de fora: o que não se aprendeu fica em bytes.
 
 END_OF_TEXT = "<|endoftext|>"  # o token que fecha cada documento
 
@@ -119,10 +119,10 @@ def merge(ids, pair, new):
 
 
 def make_tokenizer(kind, ranks, special_tokens=None):
-    """Descreve um tokenizador só com tipos simples, para viajar em meta.json e nos checkpoints.
+    """Descreve um tokenizador só com tipos simples, para viajar em meta.json e com o modelo.
 
-    `vocab` é o texto do arquivo vocab.tiktoken; vocab_size conta também os tokens especiais, que,
-    se não são dados, são só o <|endoftext|>, depois dos outros.
+    `vocab` é o texto do arquivo vocab.tiktoken; vocab_size conta também os tokens especiais. Sem
+    special_tokens, há um só, o <|endoftext|>, depois dos outros.
     """
     special_tokens = special_tokens or {END_OF_TEXT: len(ranks)}
     vocab = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
@@ -180,7 +180,7 @@ def read_pretrained_tokenizer(folder):
     """O tokenizador de uma pasta no formato do Hugging Face: tokenizer.json ou vocab + merges.
 
     O tiktoken junta primeiro os pares que formam o token de número menor: só serve um vocabulário
-    em que os números crescem na ordem das fusões. O que não serve encerra com mensagem.
+    em que os números crescem na ordem das fusões. O que não serve encerra o programa.
     """
     path = folder / "tokenizer.json"
     try:
@@ -258,7 +258,7 @@ CORPUS = Path(__file__).with_name("data") / "contos.txt"
 READABLE = (".txt", ".md", ".jsonl", ".json")
 LONGEST = 64 * 1024  # em caracteres: um documento maior que isto é cortado em vários
 MIN_TEXT = 1000  # em caracteres: menos que isto não ensina nada
-SAMPLE = 20e6  # em bytes: o vocabulário se aprende com o começo do texto, até este tamanho
+SAMPLE = 20e6  # em caracteres: o vocabulário se aprende com o começo do texto, até este tamanho
 SEPARATOR = regex.compile(rf"(?<=^[ \t]*){regex.escape(END_OF_TEXT)}[ \t]*\n", regex.MULTILINE)
 
 
@@ -277,7 +277,7 @@ def find_files(inputs):
             files.append(path)
         else:
             raise SystemExit(f"Não achei {path}. Confira o caminho dado em --input.")
-    return list(dict.fromkeys(files))  # o mesmo arquivo, pedido duas vezes, entra uma
+    return list(dict.fromkeys(files))  # o mesmo arquivo, pedido duas vezes, entra uma vez só
 
 
 class Corpus:
@@ -285,7 +285,7 @@ class Corpus:
 
     Num texto, uma linha que só tem <|endoftext|> separa documentos, e o fim do arquivo também; num
     .jsonl, cada linha é um. Um documento com mais de LONGEST caracteres sai em vários, cortado de
-    preferência em fins de parágrafo. options: encoding, text_field, max_mb e source, a fonte.
+    preferência em fins de parágrafo. options: encoding, text_field, max_mb e source (de SOURCES).
     """
 
     def __init__(self, files, options):
@@ -402,9 +402,9 @@ def read_sample(corpus, val_fraction):
     """Lê o começo do texto: devolve (documentos de treino, limite do hash para a validação).
 
     Um documento é de validação se o seu hash fica abaixo do limite, um sorteio que sempre dá o
-    mesmo resultado: ele fica do mesmo lado mesmo que outros entrem ou saiam, e duas cópias nunca se
-    separam. Num texto pequeno, para que nenhum lado fique vazio, o limite vai até o documento mais
-    próximo. Um limite None quer dizer que há um documento só.
+    mesmo resultado: o documento fica do mesmo lado ainda que outros entrem ou saiam, e duas cópias
+    nunca se separam. Num texto pequeno, para que nenhum lado fique vazio, o limite vai até o
+    documento mais próximo. Um limite None quer dizer que há um documento só.
     """
     sample, size, limit = [], 0, int(val_fraction * 2**64)
     for document, number in corpus:
@@ -550,7 +550,7 @@ def download(url, path, md5=None, limit=math.inf):
     """Baixa um arquivo uma vez só e devolve onde ficou: path ou, se parou em limit bytes, o .part.
 
     Enquanto não está inteiro e conferido, chama-se .part; um download interrompido continua dele.
-    O que não dá certo encerra com mensagem.
+    O que não dá certo encerra o programa com uma mensagem.
     """
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -799,7 +799,7 @@ def main(arguments=None):
 
 
 def check_options(options, folder):
-    """Confere as opções antes de qualquer trabalho; o que não serve encerra com mensagem."""
+    """Confere as opções antes de qualquer trabalho; a que não serve encerra o programa."""
     if not 257 <= options.vocab_size <= 65_536:
         raise SystemExit(
             f"--vocab_size {options.vocab_size} não serve: use de 257 (os 256 bytes e o "

@@ -67,7 +67,7 @@ def load_model(path):
 def sampling_dtype(model, device, name="auto"):
     """A precisão para gerar: a que o chip faz melhor, ou a do nome dado."""
     if name == "auto" and device.type == "cpu" and model.num_params() < 25e6:
-        return torch.float32  # cabe no cache do processador: não há leitura da memória a poupar
+        return torch.float32  # um modelo pequeno: há pouca leitura da memória a poupar
     return choose_dtype(device, name)
 
 
@@ -123,9 +123,9 @@ def text_pieces(ids, encoding):
 
 
 def split_words(text, tokenizer):
-    """Separa uma frase em [(palavra, tokens dela), ...] e diz qual é a perguntada.
+    """Separa uma frase em [(palavra, tokens dela), ...] e diz qual é a escolhida.
 
-    A perguntada vem entre sublinhados (_ela_); sem eles, é a última. A frase começa pelo
+    A escolhida vem entre sublinhados (_ela_); sem eles, é a última. A frase começa pelo
     <|endoftext|>, como os textos do treino. As fusões do BPE não atravessam palavras: codificar
     cada uma por si dá os mesmos tokens que codificar a frase.
     """
@@ -146,7 +146,7 @@ def split_words(text, tokenizer):
 
 @torch.inference_mode()
 def word_attention(model, words):
-    """Quanto cada palavra (linha) olha para cada uma (coluna): (L, nh, W, W), em W palavras.
+    """Quanto cada palavra (linha) olha para cada uma (coluna): (L, nh, W, W), em L camadas.
 
     De uma palavra de vários tokens, somam-se as parcelas que eles recebem e tira-se a média das que
     eles dão (Clark et al. 2019, "What Does BERT Look At?", seção 4): cada linha soma 1.
@@ -159,11 +159,12 @@ def word_attention(model, words):
     model(ids.to(model.wte.weight.device), weights=weights)
     owner = [i for i, (_, tokens) in enumerate(words) for _ in tokens]  # a palavra de cada token
     member = F.one_hot(torch.tensor(owner)).float()  # (T, W)
+    # (W, T) @ (L, nh, T, T) @ (T, W) -> (L, nh, W, W)
     return (member / member.sum(0)).T @ torch.cat(weights).float().cpu() @ member
 
 
 def show_attention(options, model, tokenizer):
-    """Mostra para que palavras a palavra perguntada olha, e grava a figura, se foi pedida."""
+    """Mostra para que palavras a palavra escolhida olha, e grava a figura, se foi pedida."""
     words, asked = split_words(options.attention, tokenizer)
     shares = word_attention(model, words)  # (L, nh, W, W)
     numbers = []  # as camadas e as cabeças escolhidas, contadas a partir de 1
@@ -176,7 +177,7 @@ def show_attention(options, model, tokenizer):
     shares = shares[layers[0] - 1 : layers[-1], heads[0] - 1 : heads[-1]]
     names = [f"camada {layer}, cabeça {head}" for layer in layers for head in heads]
     shares = shares.flatten(0, 1)  # (cabeças, W, W)
-    rows = shares[:, asked]  # (cabeças, W): o olhar da palavra perguntada
+    rows = shares[:, asked]  # (cabeças, W): o olhar da palavra escolhida
     mean = rows.mean(0)
     print(f"Para onde olha «{words[asked][0]}»: "
           + (names[0] if len(names) == 1 else f"a média de {len(names)} cabeças") + "\n")
@@ -186,8 +187,8 @@ def show_attention(options, model, tokenizer):
         bar = "█" * round(30 * (mean[i] / mean.max()).item())
         note = f" a que mais olha: {names[best]}, {rows[best, i]:.0%}" if len(names) > 1 else ""
         print(f"{words[i][0]:>{width}} {mean[i]:6.1%} {bar:<30}{note}".rstrip())
-    print("\nIsto mostra para onde este modelo olha, e não o que é certo: uma cabeça pode olhar para "
-          "outra coisa,\nou para o começo, quando não acha o que procura.")
+    print("\nIsto mostra para onde este modelo olha, e não o que é certo. O que uma cabeça não "
+          "acha em\nlugar nenhum costuma ir para o começo.")
     if options.image:
         columns = len(heads) if len(layers) > 1 else min(3, len(heads))
         drawing = draw_attention(shares, [word for word, _ in words], asked, names, columns)

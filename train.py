@@ -45,7 +45,7 @@ class Config:
 
     out_dir: str = ""  # a pasta do treino (vazio: out/NOME, com o nome do arquivo de configuração)
     dataset: str = "contos"  # o conjunto de dados: data/NOME, feito por prepare.py
-    init_from: str = "scratch"  # scratch (do zero), ou de onde parte: um .pt, gpt2, DONO/NOME
+    init_from: str = "scratch"  # scratch (do zero), ou um .pt, uma pasta, gpt2, DONO/NOME
     restart: bool = False  # True: começa de novo e guarda o treino antigo com outro nome
     # o modelo; estes valores são os do GPT-2 menor
     n_layer: int = 12  # quantos blocos
@@ -107,7 +107,7 @@ def read_options(arguments=None):
         least = 0 if from_zero else 1
         most = 1 if name in ("dropout", "beta1", "beta2") else 2**32
         if type(value) in (int, float) and not least <= value < most:
-            raise SystemExit(f"{name} = {value} não serve: use um valor entre {least} e {most}.")
+            raise SystemExit(f"{name} = {value} não serve: de {least} até menos de {most}.")
     if config.optimizer not in ("adamw", "muon"):
         raise SystemExit(f"optimizer = {config.optimizer!r} não existe: use 'adamw' ou 'muon'.")
     return config
@@ -144,7 +144,7 @@ class Tokens:
     """
 
     def __init__(self, path, split, vocab_size, block_size, seed=0):
-        """split: o que meta.json diz do arquivo; o que não bate com ele encerra com mensagem."""
+        """split: o que meta.json diz do arquivo; o que não bate com ele encerra o programa."""
         size = path.stat().st_size if path.exists() else 0
         if size != 2 * split["tokens"]:
             raise SystemExit(f"{path} falta ou está danificado: tem {size} bytes, e não "
@@ -217,8 +217,8 @@ class Muon(torch.optim.Optimizer):
                 p.add_(update, alpha=-settings["lr"] * scale)
 
 
-# a·x + b·x³ + c·x⁵, três vezes: o modo mais curto de levar qualquer x entre 0,01 e 1 para entre 0,73
-# e 1,27 (o método de Amsel et al. 2025, "The Polar Express"); o artigo do Muon faz cinco vezes
+# a·x + b·x³ + c·x⁵, três vezes, leva qualquer x de 0,01 a 1 para entre 0,73 e 1,27. Os coeficientes
+# vêm do método de Amsel et al. 2025 ("The Polar Express"); os do artigo do Muon pedem cinco vezes.
 NEWTON_SCHULZ = ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
 
 
@@ -277,7 +277,7 @@ class Trainer:
         self.step, self.best_val_loss, self.log, self.began = 0, math.inf, [], time.perf_counter()
         self.join_processes()
         self.dtype = choose_dtype(self.device, config.dtype)
-        config.dtype = str(self.dtype)[6:]  # a escolhida: se mudar entre duas vezes, será dito
+        config.dtype = str(self.dtype)[6:]  # a escolhida: check_same_run avisa, se mudar
         # as contas pesadas vão em self.dtype; os pesos e o que precisa de exatidão, em float32
         self.autocast = torch.autocast(
             self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -369,7 +369,7 @@ class Trainer:
             checkpoint["tokenizer"] = read_pretrained_tokenizer(folder)
         if checkpoint["tokenizer"]["vocab"] != self.tokenizer["vocab"]:
             raise SystemExit(
-                f"{start} foi treinado com outro vocabulário que o de data/{config.dataset}: os "
+                f"{start} foi treinado com outro vocabulário, e não o de data/{config.dataset}: os "
                 "mesmos números seriam outros tokens. Prepare os dados com o dele: python "
                 f"prepare.py --input SEU_TEXTO --name {config.dataset} --tokenizer {vocabulary}")
         needed = GPTConfig(**checkpoint["model_config"])
@@ -410,7 +410,7 @@ class Trainer:
                   best_val_loss=self.best_val_loss, seconds=time.perf_counter() - self.began)
 
     def memory(self):
-        """Uma estimativa, em bytes, do que um passo ocupa: (o que é fixo, as ativações).
+        """Uma estimativa, em bytes, do que um passo ocupa: (o que é fixo, o que depende do batch).
 
         O dropout não entra; na CPU, ele faz a atenção guardar também os pesos dela, (B, nh, T, T).
         """
@@ -419,11 +419,11 @@ class Trainer:
         averages = sum(p.numel() * (1 if isinstance(optimizer, Muon) else 2)
                        for optimizer in self.optimizers for settings in optimizer.param_groups
                        for p in settings["params"])
-        copies = (size % 4) * self.model.num_params()  # os pesos na precisão das contas
+        copies = (size % 4) * self.model.num_params()  # os pesos em 2 bytes; em float32, nada
         # As ativações são o que se guarda para o gradiente. Um bloco guarda por token, em vetores
-        # de tamanho C: o que entra em cada LayerNorm (2), em float32; o que sai delas (2), a saída
-        # da atenção, e os 4C antes e depois da GELU (8), em dtype; q, k, v e a atenção (4). No
-        # fim, três vezes as notas: elas, as probabilidades e o gradiente, em float32.
+        # de tamanho C: o que entra em cada LayerNorm (2), em float32; o que sai delas (2) e os 4C
+        # antes e depois da GELU (8), em dtype; q, k, v e o resultado da atenção (4). No fim, três
+        # vezes as notas: elas, as probabilidades e o gradiente, em float32.
         attention = 4 if self.device.type == "cpu" else size
         block = (2 * 4 + 10 * size + 4 * attention) * config.n_embd
         token = block * config.n_layer + 3 * 4 * self.tokenizer["vocab_size"]
@@ -432,6 +432,7 @@ class Trainer:
 
     def compile(self):
         """Prepara o modelo para rodar: compilado, em cuda, e repartido, se há vários processos."""
+        # forward avalia; parallel treina, e soma os gradientes dos processos
         self.forward = self.parallel = self.model
         if self.config.compile and self.device.type == "cuda":
             try:  # a compilação só acontece, e só falha, na primeira chamada
@@ -447,7 +448,10 @@ class Trainer:
             self.parallel = torch.nn.parallel.DistributedDataParallel(self.forward)
 
     def train_step(self):
-        """Um passo: soma os gradientes de alguns batches e corrige os pesos. Devolve a loss."""
+        """Um passo: soma os gradientes de alguns batches e corrige os pesos. Devolve a loss.
+
+        Com vários processos, devolve a parte deste: a loss é a soma das partes.
+        """
         config, accumulation = self.config, self.config.gradient_accumulation_steps
         total = 0.0
         for micro in range(self.rank, accumulation, self.world_size):  # cada processo faz os seus
@@ -463,7 +467,7 @@ class Trainer:
             self.scaler.scale(loss * self.world_size / accumulation).backward()
             total += loss.detach() / accumulation
 
-        for optimizer in self.optimizers:
+        for optimizer in self.optimizers:  # em float16, desfaz a multiplicação antes de medir
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
         if self.is_finite(total, norm):
@@ -646,7 +650,7 @@ def main(arguments=None):
     config = read_options(arguments)
     try:
         train_and_report(config)
-    except RuntimeError as error:  # o torch não tem um tipo de erro só para a falta de memória
+    except RuntimeError as error:  # na CPU, a falta de memória não tem um tipo de erro só dela
         if "memory" not in str(error):
             raise
         size = config.batch_size

@@ -2,11 +2,11 @@
 # 8 GB ou mais. Antes: python prepare.py --input MEUS_TEXTOS --name meus --tokenizer gpt2
 # Depois: python train.py config/finetune.py --dataset=meus
 
-init_from = "gpt2"  # ou uma pasta, ou DONO/NOME, como pierreguillou/gpt2-small-portuguese
+init_from = "gpt2"  # ou uma pasta, ou DONO/NOME; o mesmo vai em --tokenizer
 n_layer = 12  # o formato do modelo de que se parte
 n_head = 12  # o mesmo
 n_embd = 768  # o mesmo
-block_size = 512  # pode ser menor que a do modelo (1024): metade da memória
+block_size = 512  # a janela: pode ser menor que a do modelo (1024), e gasta menos memória
 
 # um passo: 16.384 tokens
 batch_size = 4  # o que cabe em 8 GB

@@ -1,7 +1,7 @@
 # Para uma placa de 8 GB: um modelo dez vezes maior que o tiny, para alguns megabytes de texto seu.
 # Prepare o texto com `python prepare.py --input ... --name NOME` e treine com --dataset=NOME.
 
-# o modelo: 27 milhões de parâmetros, com um vocabulário de 4.096
+# o modelo: 28 milhões de parâmetros, com um vocabulário de 4.096
 n_layer = 8  # o dobro do tiny
 n_head = 8  # cabeças de 64 canais, como no GPT-2
 n_embd = 512  # dois terços do GPT-2 menor

@@ -102,6 +102,28 @@ def test_old_weights_file(tmp_path):
     same_logits(sample.load_model(tmp_path / "m")[0], theirs)
 
 
+def test_attention_equals_theirs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    theirs, tokenizer = make_pretrained(tmp_path / "m")
+    theirs.set_attn_implementation("eager")
+    words, asked = sample.split_words("O gato viu a _menina_.", sample.load_model("m")[1])
+    ids = [token for _, tokens in words for token in tokens]
+    assert ids[1:] == tokenizer.encode("O gato viu a menina.").ids
+    attentions = theirs(torch.tensor([ids]), output_attentions=True).attentions
+    shares = sample.word_attention(sample.load_model("m")[0], words)
+    last = len(ids) - len(words[-1][1])  # a palavra escolhida é a penúltima
+    for layer, expected in enumerate(attentions):
+        first = last - len(words[asked][1])
+        given = expected[0, :, first:last].mean(1)  # (nh, T)
+        start = 0
+        for i, (_, tokens) in enumerate(words):
+            received = given[:, start : start + len(tokens)].sum(-1)
+            assert (shares[layer, :, asked, i] - received).abs().max() < 1e-5
+            start += len(tokens)
+    output = run_main("sample.py", "--init_from=m", "--attention=O gato _viu_ a", cwd=tmp_path)
+    assert "«viu»: a média de 9 cabeças" in output.stdout
+
+
 @pytest.mark.parametrize("bias", ["True", "False"])
 def test_what_is_trained_here_opens_there_and_comes_back(workdir, bias):
     run_main("train.py", *TOY, "--max_iters=3", f"--bias={bias}", "--out_dir=out/a", cwd=workdir)
