@@ -227,41 +227,38 @@ def start():
 
 
 TRAIN_124M = """
-import sys
-sys.path[:0] = {paths!r}
-from bench import SHAPES, make_models
-import torch
+import resource, sys
+sys.path[0] = {root!r}
+from model import GPT, GPTConfig
 from train import Config, make_optimizers
+import torch
 which = {which!r}
-block_size, *rest = SHAPES["124M"]
-ours, theirs = make_models((256, *rest))
-x = torch.randint(50257, (4, 256))
 if which == "transformers":
-    del ours
-    optimizers = [torch.optim.AdamW(theirs.parameters())]
+    from transformers import GPT2Config, GPT2LMHeadModel
+    dtype = torch.float32
+    model = GPT2LMHeadModel(GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+    optimizers = [torch.optim.AdamW(model.parameters())]
 else:
-    del theirs
     dtype = getattr(torch, which)
-    optimizers = make_optimizers(ours, Config(), dtype)
+    model = GPT(GPTConfig(block_size=256))
+    optimizers = make_optimizers(model, Config(), dtype)
+x = torch.randint(50257, (4, 256))
 for _ in range(2):
-    if which == "transformers":
-        loss = theirs(x, labels=x).loss
-    else:
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            loss = ours(x, x)[1]
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        loss = model(x, labels=x).loss if which == "transformers" else model(x, x)[1]
     loss.backward()
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
 def memory():
-    """O pico de memória de um processo que treina o modelo de 124M, com 4 × 256 tokens por passo."""
+    """O pico de memória de um processo que treina o de 124M, com 4 × 256 tokens por passo."""
     peaks = {}
     for which in ("transformers", "float32", "bfloat16"):
-        code = TRAIN_124M.format(paths=[str(ROOT), str(ROOT / "tests")], which=which)
-        code += "import resource\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        code = TRAIN_124M.format(root=str(ROOT), which=which)
         output = subprocess.run(
             [sys.executable, "-c", code], check=True, capture_output=True, text=True
         ).stdout
