@@ -1,6 +1,7 @@
 """sample.py: o texto que sai, letra por letra, e os erros."""
 
 import os
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -59,6 +60,21 @@ def test_greedy_text_equals_the_models(trained):
         ids.append(logits[0, -1].argmax().item())
     assert len(ids) <= 16 and encoding.eot_token not in ids[1:]
     assert output == encoding.decode(ids[1:]) + "\n"
+
+
+@pytest.mark.parametrize(
+    "device, parameters, name, dtype",
+    [
+        ("cpu", 24e6, "auto", torch.float32),
+        ("cpu", 26e6, "auto", torch.bfloat16),
+        ("cuda", 24e6, "auto", torch.bfloat16),
+        ("cpu", 24e6, "bfloat16", torch.bfloat16),
+    ],
+)
+def test_a_small_model_on_a_cpu_writes_in_float32(monkeypatch, device, parameters, name, dtype):
+    monkeypatch.setattr("model.has_native_bf16", lambda device: True)
+    size = SimpleNamespace(num_params=lambda: parameters)
+    assert sample.sampling_dtype(size, torch.device(device), name) == dtype
 
 
 def test_several_samples_have_nanogpts_line_between_them(trained):

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, TOY, assert_short_error, run_main, run_script
 
 import train
-from model import GPT, GPTConfig, read_checkpoint
+from model import GPT, GPTConfig, choose_dtype, read_checkpoint
 from train import (
     Config,
     Muon,
@@ -352,6 +352,15 @@ def test_continuing_equals_never_stopping(workdir, options):
     for key in ("model", "optimizers", "scaler", "step", "best_val_loss"):
         assert same_tensors(straight[key], parts[key]), key
     assert log_rows(workdir / "out/direto") == log_rows(workdir / "out/partes")
+
+
+def test_the_chosen_precision_is_kept_and_its_change_is_told(workdir):
+    run_toy(workdir, "--dtype=auto", "--max_iters=2")
+    chosen = read_checkpoint(workdir / "out/t/last.pt")["config"]["dtype"]
+    assert chosen == str(choose_dtype(torch.device("cpu")))[6:]
+    other = "float32" if chosen == "bfloat16" else "bfloat16"
+    output = run_toy(workdir, f"--dtype={other}", "--max_iters=4").stdout
+    assert f"dtype, de '{chosen}' para '{other}'" in output
 
 
 def test_evaluating_and_showing_change_nothing_in_the_training(workdir):
