@@ -355,7 +355,8 @@ def read_checkpoint(path, *needed):
                 raise ValueError(f"falta {key}")
         return checkpoint
     except FileNotFoundError:
-        raise SystemExit(f"Não achei {path}. Treine primeiro: python train.py config/tiny.py")
+        raise SystemExit(f"Não achei {path}. Treine primeiro: python train.py config/tiny.py "
+                         f"--out_dir={os.path.dirname(path)}")
     except Exception as error:  # um arquivo estragado pode falhar em qualquer ponto da leitura
         reason = str(error).strip().partition("\n")[0]
         raise SystemExit(f"{path} está danificado ou não é um checkpoint deste projeto ({reason}).")

@@ -476,7 +476,10 @@ def token_sample(path):
 
 def read_meta(folder):
     """Lê o que prepare.py gravou em `folder`: devolve meta.json e o tokenizador completo."""
-    options = "" if folder.name == "contos" else f" --input SEU_TEXTO --name {quote(folder.name)}"
+    if folder.name in SOURCES:
+        options = f" --dataset {folder.name}"
+    else:
+        options = "" if folder.name == "contos" else f" --input TEXTO --name {quote(folder.name)}"
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         vocab = (folder / "vocab.tiktoken").read_text(encoding="utf-8")
@@ -499,6 +502,8 @@ def read_meta(folder):
 @contextmanager
 def whole_file(path):
     """Abre para escrita, em bytes, um arquivo que só ganha o nome `path` quando está completo."""
+    if path.exists() and not path.is_file():
+        raise SystemExit(f"{path} já existe e não é um arquivo: dê outro nome.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -572,7 +577,8 @@ def download(url, path, md5=None, limit=math.inf):
                 os.replace(part, path)
         except requests.RequestException as error:
             reason = type(error).__name__
-            show_progress(f"{reason}: tento de novo em {WAIT * 2**attempt} s", plain=True)
+            show_progress(f"Não consegui baixar {path.name} ({reason}): tento de novo em "
+                          f"{WAIT * 2**attempt} s", plain=True)
             time.sleep(WAIT * 2**attempt)
     raise SystemExit(f"Não consegui baixar {url} ({reason}). Confira a rede e rode de novo: "
                      "continua de onde parou. Sem rede, `python prepare.py` e --input funcionam.")

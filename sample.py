@@ -20,6 +20,7 @@ import html
 import json
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import regex
@@ -129,16 +130,22 @@ def split_words(text, tokenizer):
     <|endoftext|>, como os textos do treino. As fusões do BPE não atravessam palavras: codificar
     cada uma por si dá os mesmos tokens que codificar a frase.
     """
-    before, *marked = regex.split(r"(?<!\w)_([^_\s]+)_(?!\w)", text)
-    if len(marked) > 2:
-        raise SystemExit("Marque uma palavra só entre sublinhados, como _ela_.")
+    text = unicodedata.normalize("NFC", text)  # "ã" numa letra só, como nos textos do treino
+    before, *marked = regex.split(r"(?<!\w)_([^_]+)_(?!\w)", text)
+    if len(marked) > 2 or regex.search(r"(?<!\w)_|_(?!\w)", before + "".join(marked[1:])):
+        raise SystemExit("Marque uma palavra só, entre dois sublinhados, como _ela_.")
+    start, end = len(before), len(before + "".join(marked[:1]))  # onde está o que foi marcado
     encoding = build_encoding(tokenizer)
     words, asked = [("(começo)", [encoding.eot_token])], 0
-    for word in regex.finditer(tokenizer["pattern"], before + "".join(marked)):
-        end = len(before) + len(marked[0]) if marked else len(text)
-        if word.start() < end and regex.search(r"\w", word[0]):
-            asked = len(words)
-        words.append((word[0].strip() or "␣", encoding.encode_ordinary(word[0])))
+    for match in regex.finditer(tokenizer["pattern"], before + "".join(marked)):
+        word, tokens = match[0], encoding.encode_ordinary(match[0])
+        inside = match.end() > start and match.start() < end
+        if inside and asked:  # o que foi marcado tem mais de um pedaço, como guarda-chuva
+            first, first_tokens = words.pop()
+            word, tokens = first + word, first_tokens + tokens
+        words.append((regex.sub(r"\p{C}", "␣", word.strip()) or "␣", tokens))
+        if inside or not marked and regex.search(r"[\p{L}\p{N}]", word):
+            asked = len(words) - 1
     if not asked:
         raise SystemExit("--attention pede uma frase, com ao menos uma palavra.")
     return words, asked
@@ -255,12 +262,15 @@ def main(arguments=None):
     add("--init_from", metavar="MODELO",
         help="em vez de um treino seu: um .pt, gpt2 (gpt2-medium, gpt2-large, gpt2-xl), DONO/NOME "
         "no Hugging Face, ou uma pasta nesse formato")
-    add("--attention", metavar="FRASE",
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument(
+        "--attention", metavar="FRASE",
         help="mostra para que palavras olha a que vier entre sublinhados (_ela_), ou a última")
     add("--layer", type=int, metavar="N", help="com --attention: só esta camada, de 1 em diante")
     add("--head", type=int, metavar="N", help="com --attention: só esta cabeça, de 1 em diante")
     add("--image", metavar="ARQUIVO.svg", help="com --attention: um mapa de calor por cabeça")
-    add("--export", metavar="PASTA", help="só grava o modelo no formato do Hugging Face")
+    one.add_argument(
+        "--export", metavar="PASTA", help="só grava o modelo no formato do Hugging Face")
     add("--device", default="auto", metavar="NOME", help="auto, cuda, mps ou cpu [auto]")
     add("--dtype", default="auto", metavar="NOME", help="auto, float32, bfloat16 ou float16 [auto]")
     options = parse_arguments(parser, arguments)
@@ -273,6 +283,8 @@ def main(arguments=None):
 
     if options.attention is None and (options.layer, options.head, options.image) != (None,) * 3:
         parser.error("--layer, --head e --image só valem com --attention")
+    if options.image is not None and not options.image.endswith(".svg"):
+        raise SystemExit(f"--image {options.image!r} não serve: a figura é um arquivo .svg.")
 
     start = read_start(options.start)
     device = choose_device(options.device)

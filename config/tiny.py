@@ -22,5 +22,5 @@ warmup_iters = 50  # poucos passos para partir com cuidado
 weight_decay = 0.5  # alto, porque o texto é pouco: com 0.1 o modelo decora mais
 
 # acompanhar
-eval_interval = 200  # um texto novo a cada meio minuto
+eval_interval = 200  # um texto novo a cada minuto, mais ou menos
 save_interval = 200  # se a máquina cair, perdem-se no máximo estes passos

@@ -291,10 +291,26 @@ def test_small_text_says_that_the_vocabulary_is_smaller(tmp_path):
     assert f"só rendeu {meta['tokenizer']['vocab_size']} tokens" in output
 
 
+@pytest.mark.parametrize(
+    "name, command",
+    [
+        ("contos", "`python prepare.py`"),
+        ("machado", "`python prepare.py --dataset machado`"),
+        ("meus livros", '`python prepare.py --input TEXTO --name "meus livros"`'),
+    ],
+)
+def test_missing_data_names_the_command_that_makes_it(name, command, tmp_path):
+    with pytest.raises(SystemExit, match=command):
+        prepare.read_meta(tmp_path / name)
+
+
 def test_files_appear_whole_or_not_at_all(tmp_path):
     path = tmp_path / "arquivo"
     with prepare.whole_file(path) as file:
         file.write(b"antigo")
+    with pytest.raises(SystemExit, match="não é um arquivo"):
+        with prepare.whole_file(tmp_path):
+            pass
     with pytest.raises(KeyError):
         with prepare.whole_file(path) as file:
             file.write(b"nov")

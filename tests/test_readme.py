@@ -26,7 +26,6 @@ def clone(tmp_path_factory):
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "config", folder / "config")
     (folder / "data").mkdir()
-    (folder / "docs").mkdir()
     shutil.copy(ROOT / "data/contos.txt", folder / "data")
     return folder
 
@@ -78,7 +77,7 @@ def test_sample_commands_work_with_a_trained_model(clone):
         options = shlex.split(line)[2:]
         quick = [] if "--attention" in line else ["--max_new_tokens=5"]
         assert run_main("sample.py", *options, *quick, cwd=clone).stdout, line
-    assert (clone / "docs/atencao.svg").stat().st_size > 10_000
+    assert (clone / "out/atencao.svg").stat().st_size > 10_000
 
 
 def test_links_lead_somewhere():
