@@ -35,7 +35,7 @@ from dataclasses import dataclass
 # grandes: os tensores que nascem e morrem a cada passo custam menos.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # Um núcleo que espera por outro gira em falso, e só larga o processador depois de tantas voltas. O
-# padrão, 300 mil, torna tudo dez vezes mais lento se outro programa também quer o núcleo.
+# padrão, 300 mil, torna tudo dez vezes mais lento se outros programas ocupam os núcleos.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import torch

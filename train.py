@@ -371,7 +371,7 @@ class Trainer:
             raise SystemExit(
                 f"{start} foi treinado com outro vocabulário, e não o de data/{config.dataset}: os "
                 "mesmos números seriam outros tokens. Prepare os dados com o dele: python "
-                f"prepare.py --input SEU_TEXTO --name {config.dataset} --tokenizer {vocabulary}")
+                f"prepare.py --input TEXTO --name {config.dataset} --tokenizer {vocabulary}")
         needed = GPTConfig(**checkpoint["model_config"])
         if wrong := [f"--{name}={getattr(needed, name)}" for name in
                      ("n_layer", "n_head", "n_embd", "bias")

@@ -1,6 +1,6 @@
 """Mede a velocidade ao lado de outro programa, na mesma rodada: entre máquinas, só a razão vale.
 
-python tests/bench.py            tudo, em uns dez minutos, sem mais nada rodando
+python tests/bench.py            tudo, em uns quatro minutos, sem mais nada rodando
 python tests/bench.py bpe        só uma parte: bpe, training, sampling, flat, batch, start, memory
 
 Ao lado de cada velocidade vai a fração que ela é do limite da máquina, medido na mesma rodada:

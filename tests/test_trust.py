@@ -126,6 +126,7 @@ def test_killed_while_it_saves(tmp_path):
                     contents = {"model": {"x": torch.from_numpy(np.full(100_000, number))}}
                     torch.save(contents | {"model_config": {}, "step": number}, file)
         while time_of_writing() == written:  # ao menos uma gravação inteira, e parte de outra
+            assert os.waitpid(child, os.WNOHANG) == (0, 0)  # ainda vive: não se espera em vão
             time.sleep(0.001)
         time.sleep(moments.random() * 0.02)
         os.kill(child, signal.SIGKILL)
