@@ -1,9 +1,7 @@
-"""Dar vida ao modelo: ele lê um começo e escreve o resto, um token de cada vez.
+"""Dar vida ao modelo (passo 6 do *LLM do Zero*): ele lê um começo e escreve o resto.
 
-É o passo 6 do *LLM do Zero*. O modelo dá uma nota a cada token do vocabulário; as notas viram
-probabilidades; um sorteio escolhe o próximo token; ele entra no texto, e tudo se repete.
-
-Como rodar, depois de um treino:
+O modelo dá uma nota a cada token do vocabulário; as notas viram probabilidades; um sorteio escolhe
+o próximo token; ele entra no texto, e tudo se repete. Depois de um treino:
 
     python sample.py --start "O gato"
     python sample.py --start "O gato" --temperature 1.2 --num_samples 3
@@ -17,23 +15,34 @@ O texto sai em stdout e as informações em stderr: `python sample.py > conto.tx
 import argparse
 import codecs
 import html
-import json
+import os
 import sys
 import time
-import unicodedata
 from pathlib import Path
 
 import regex
 
-from model import (  # antes do torch: model.py ajusta o ambiente dele
-    GPT, GPTConfig, choose_device, choose_dtype, load_weights, read_checkpoint, read_pretrained,
-    to_pretrained, write_safetensors)
+# antes do torch: model.py ajusta o ambiente dele
+from model import choose_device, choose_dtype, from_pretrained, read_checkpoint, to_pretrained
 from prepare import (
-    END_OF_TEXT, build_encoding, fetch_pretrained, parse_arguments, read_pretrained_tokenizer, run,
-    to_pretrained_tokenizer, whole_file)
+    END_OF_TEXT, build_encoding, make_tokenizer, normalize, open_tokenizer, parse_arguments, run,
+    whole_file)
 
 import torch
 from torch.nn import functional as F
+
+
+def load_model(name):
+    """Lê um .pt, uma pasta ou um modelo publicado: devolve o modelo e o tokenizador, descrito."""
+    if str(name).endswith(".pt"):
+        checkpoint = read_checkpoint(name)
+        model, tokenizer = checkpoint["model"], checkpoint["tokenizer"]
+    else:
+        tokenizer = open_tokenizer(name)
+        model = from_pretrained(name)
+    if model.config.vocab_size != tokenizer["vocab_size"]:
+        raise SystemExit(f"{name}: o modelo e o vocabulário não têm o mesmo número de tokens.")
+    return model, tokenizer
 
 
 def find_checkpoint(out_dir):
@@ -47,24 +56,6 @@ def find_checkpoint(out_dir):
     return found[-1]
 
 
-def load_model(path):
-    """Lê um .pt, uma pasta ou um modelo publicado: devolve o modelo e o tokenizador, descrito."""
-    if str(path).endswith(".pt"):
-        checkpoint = read_checkpoint(path)
-    else:
-        folder = fetch_pretrained(path)
-        checkpoint = read_pretrained(folder)
-        checkpoint["tokenizer"] = read_pretrained_tokenizer(folder)
-    tokenizer = checkpoint["tokenizer"]
-    with torch.device("meta"):  # só as formas: os pesos vêm do arquivo, não de um sorteio
-        model = GPT(GPTConfig(**checkpoint["model_config"]))
-    load_weights(model, checkpoint["model"], path)
-    if model.config.vocab_size != tokenizer["vocab_size"]:
-        raise SystemExit(f"{path}: o modelo dá notas a {model.config.vocab_size} tokens, e o "
-                         f"vocabulário tem {tokenizer['vocab_size']}.")
-    return model.eval(), tokenizer
-
-
 def sampling_dtype(model, device, name="auto"):
     """A precisão para gerar: a que o chip faz melhor, ou a do nome dado."""
     if name == "auto" and device.type == "cpu" and model.num_params() < 25e6:
@@ -72,83 +63,47 @@ def sampling_dtype(model, device, name="auto"):
     return choose_dtype(device, name)
 
 
-def export(folder, model, tokenizer):
-    """Grava o modelo no formato do Hugging Face: AutoModelForCausalLM e AutoTokenizer o abrem."""
-    folder = Path(folder)
-    if folder.exists():
-        raise SystemExit(f"{folder} já existe: dê a --export uma pasta nova.")
-    config, weights = to_pretrained(model)
-    end = tokenizer["special_tokens"][END_OF_TEXT]
-    ends = {"bos_token_id": end, "eos_token_id": end}
-    names = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
-    contents = {
-        "generation_config.json": ends | {"do_sample": True, "temperature": 0.8, "top_k": 20},
-        "tokenizer.json": to_pretrained_tokenizer(tokenizer),
-        "tokenizer_config.json": names | {"tokenizer_class": "PreTrainedTokenizerFast",
-                                          "model_max_length": model.config.block_size},
-        "config.json": config | ends}
-    with whole_file(folder / "model.safetensors") as file:
-        write_safetensors(file, weights)
-    for name, content in contents.items():
-        with whole_file(folder / name) as file:
-            file.write(json.dumps(content, ensure_ascii=False, indent=2).encode())
-    print(f"Pronto: {folder}/ abre com AutoModelForCausalLM.from_pretrained({str(folder)!r}).")
+def write(model, encoding, options, device):
+    """Continua options.start, tantas vezes quantas options.num_samples: os textos vão a stdout."""
+    start = normalize(options.start).removeprefix(END_OF_TEXT)
+    # no treino, o <|endoftext|> fecha um documento; logo depois dele começa outro
+    ids = [encoding.eot_token, *encoding.encode_ordinary(start)]
+    idx = torch.tensor([ids], device=device).repeat(options.num_samples, 1)  # (B, T)
+    columns = model.generate(
+        idx, options.max_new_tokens, options.temperature, options.top_k, encoding.eot_token,
+        torch.Generator(device).manual_seed(options.seed))
+    # uma letra como "ã" tem dois bytes, e pode estar cortada entre dois tokens: o decodificador
+    # guarda o começo dela até que o resto chegue
+    decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in range(len(idx))]
+    texts, count, began = [start] * len(idx), 0, time.perf_counter()
+    print(start if len(idx) == 1 else "", end="", flush=True)
+    for column in columns:  # (B,): um token de cada texto; os que já acabaram repetem o do fim
+        for i, token in enumerate(column.tolist()):
+            if token != encoding.eot_token:
+                piece = decoders[i].decode(encoding.decode_single_token_bytes(token))
+                texts[i], count = texts[i] + piece, count + 1
+                print(piece if len(idx) == 1 else "", end="", flush=True)
+    print("" if len(idx) == 1 else "\n---------------\n".join(texts))
+    speed = count / (time.perf_counter() - began)
+    print(f"[{count} tokens, {speed:.0f} tokens/s]", file=sys.stderr)
 
 
-def read_start(start):
-    """O começo do texto: o que foi escrito na linha de comando, ou FILE:caminho, de um arquivo."""
-    if not start.startswith("FILE:"):
-        return start
-    path = Path(start.removeprefix("FILE:"))
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise SystemExit(f"Não achei {path}, pedido em --start.")
-    except UnicodeDecodeError as error:
-        raise SystemExit(f"{path} não está em UTF-8 (byte {error.start}). Salve-o como UTF-8.")
-
-
-def text_pieces(ids, encoding):
-    """Transforma números de tokens em pedaços de texto, conforme chegam.
-
-    Uma letra como "ã" tem dois bytes e pode estar cortada entre dois tokens: o decodificador guarda
-    o começo dela até que o resto chegue.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for i in ids:
-        yield decoder.decode(encoding.decode_single_token_bytes(i))
-
-
-# ------------------------------------------------------------------------------------------------
-# Um olhar sobre a atenção: para que palavras o modelo olha
-
-
-def split_words(text, tokenizer):
-    """Separa uma frase em [(palavra, tokens dela), ...] e diz qual é a escolhida.
-
-    A escolhida vem entre sublinhados (_ela_); sem eles, é a última. A frase começa pelo
-    <|endoftext|>, como os textos do treino. As fusões do BPE não atravessam palavras: codificar
-    cada uma por si dá os mesmos tokens que codificar a frase.
-    """
-    text = unicodedata.normalize("NFC", text)  # "ã" numa letra só, como nos textos do treino
-    before, *marked = regex.split(r"(?<!\w)_([^_]+)_(?!\w)", text)
-    if len(marked) > 2 or regex.search(r"(?<!\w)_|_(?!\w)", before + "".join(marked[1:])):
+def split_words(sentence, tokenizer):
+    """Separa uma frase em [(palavra, tokens dela), ...] e dá o índice da escolhida: a que vem entre
+    sublinhados (_ela_) ou a última. Começa pelo <|endoftext|>, como os textos do treino."""
+    before, *rest = regex.split(r"( ?)(?<!\w)_([^_]+)_(?!\w)", normalize(sentence))
+    marked, after = ["".join(rest[:2])] if rest else [], "".join(rest[2:3])
+    if len(rest) > 3 or regex.search(r"(?<!\w)_|_(?!\w)", before + after):
         raise SystemExit("Marque uma palavra só, entre dois sublinhados, como _ela_.")
-    start, end = len(before), len(before + "".join(marked[:1]))  # onde está o que foi marcado
-    encoding = build_encoding(tokenizer)
-    words, asked = [("(começo)", [encoding.eot_token])], 0
-    for match in regex.finditer(tokenizer["pattern"], before + "".join(marked)):
-        word, tokens = match[0], encoding.encode_ordinary(match[0])
-        inside = match.end() > start and match.start() < end
-        if inside and asked:  # o que foi marcado tem mais de um pedaço, como guarda-chuva
-            first, first_tokens = words.pop()
-            word, tokens = first + word, first_tokens + tokens
-        words.append((regex.sub(r"\p{C}", "␣", word.strip()) or "␣", tokens))
-        if inside or not marked and regex.search(r"[\p{L}\p{N}]", word):
-            asked = len(words) - 1
-    if not asked:
+    # as fusões do BPE não atravessam palavras: cada uma por si dá os mesmos tokens que a frase
+    first, last = (regex.findall(tokenizer["pattern"], part) for part in (before, after))
+    pieces, encoding = first + marked + last, build_encoding(tokenizer)
+    asked = [i for i, piece in enumerate(pieces, 1) if regex.search(r"[\p{L}\p{N}]", piece)]
+    if not marked and not asked:
         raise SystemExit("--attention pede uma frase, com ao menos uma palavra.")
-    return words, asked
+    words = [(regex.sub(r"\p{C}", "␣", piece.strip()) or "␣", encoding.encode_ordinary(piece))
+             for piece in pieces]
+    return [("(começo)", [encoding.eot_token]), *words], len(first) + 1 if marked else asked[-1]
 
 
 @torch.inference_mode()
@@ -160,8 +115,7 @@ def word_attention(model, words):
     """
     ids = torch.tensor([[token for _, tokens in words for token in tokens]])  # (1, T)
     if ids.size(1) > model.config.block_size:
-        raise SystemExit(f"A frase tem {ids.size(1)} tokens, e este modelo enxerga no máximo "
-                         f"{model.config.block_size}: encurte a frase.")
+        raise SystemExit(f"{ids.size(1)} tokens, e não cabem mais que {model.config.block_size}.")
     weights = []  # de cada camada, (1, nh, T, T)
     model(ids.to(model.wte.weight.device), weights=weights)
     owner = [i for i, (_, tokens) in enumerate(words) for _ in tokens]  # a palavra de cada token
@@ -173,19 +127,14 @@ def word_attention(model, words):
 def show_attention(options, model, tokenizer):
     """Mostra para que palavras a palavra escolhida olha, e grava a figura, se foi pedida."""
     words, asked = split_words(options.attention, tokenizer)
-    shares = word_attention(model, words)  # (L, nh, W, W)
-    numbers = []  # as camadas e as cabeças escolhidas, contadas a partir de 1
-    for name, count in (("layer", shares.size(0)), ("head", shares.size(1))):
-        chosen = getattr(options, name)
-        if chosen is not None and not 1 <= chosen <= count:
-            raise SystemExit(f"--{name} {chosen} não existe: este modelo tem de 1 a {count}.")
-        numbers.append([chosen] if chosen else list(range(1, count + 1)))
-    layers, heads = numbers
-    shares = shares[layers[0] - 1 : layers[-1], heads[0] - 1 : heads[-1]]
-    names = [f"camada {layer}, cabeça {head}" for layer in layers for head in heads]
-    shares = shares.flatten(0, 1)  # (cabeças, W, W)
-    rows = shares[:, asked]  # (cabeças, W): o olhar da palavra escolhida
-    mean = rows.mean(0)
+    shares = {f"camada {layer}, cabeça {head}": share  # (W, W)
+              for layer, heads in enumerate(word_attention(model, words), 1)
+              for head, share in enumerate(heads, 1)
+              if options.layer in (None, layer) and options.head in (None, head)}
+    if not shares:
+        raise SystemExit(f"--layer: 1 a {model.config.n_layer}; --head: 1 a {model.config.n_head}.")
+    rows = torch.stack([share[asked] for share in shares.values()])  # (cabeças, W)
+    mean, names = rows.mean(0), list(shares)
     print(f"Para onde olha «{words[asked][0]}»: "
           + (names[0] if len(names) == 1 else f"a média de {len(names)} cabeças") + "\n")
     width = max(len(word) for word, _ in words[: asked + 1])
@@ -194,99 +143,89 @@ def show_attention(options, model, tokenizer):
         bar = "█" * round(30 * (mean[i] / mean.max()).item())
         note = f" a que mais olha: {names[best]}, {rows[best, i]:.0%}" if len(names) > 1 else ""
         print(f"{words[i][0]:>{width}} {mean[i]:6.1%} {bar:<30}{note}".rstrip())
-    print("\nIsto mostra para onde este modelo olha, e não o que é certo. O que uma cabeça não "
-          "acha em\nlugar nenhum costuma ir para o começo.")
+    print("\nÉ para onde este modelo olha, e não o certo. O que ele não acha vai para o começo.")
     if options.image:
-        columns = len(heads) if len(layers) > 1 else min(3, len(heads))
-        drawing = draw_attention(shares, [word for word, _ in words], asked, names, columns)
         with whole_file(Path(options.image)) as file:
-            file.write(drawing.encode())
-        print(f"A figura está em {options.image}.")
+            file.write(draw_attention(shares, [html.escape(word) for word, _ in words]).encode())
 
 
-def draw_attention(shares, words, asked, names, columns):
-    """Desenha um mapa de calor por cabeça: o texto de um SVG; shares: (cabeças, W, W).
-
-    Em cada mapa, a linha é a palavra que olha, e a coluna, a olhada; quanto mais escuro, mais.
-    """
-    cell, gap, margin = 14, 24, 7 * max(map(len, words)) + 12  # em pixels
-    side = len(words) * cell
-    width = margin + columns * (side + gap)
-    height = -(-len(names) // columns) * (side + gap) + margin
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-             'font-family="sans-serif" font-size="11" fill="#222">',
-             '<rect width="100%" height="100%" fill="#fff"/>']  # legível também em página escura
-    labels = [html.escape(word) for word in words]
-    for k, name in enumerate(names):
-        left, top = margin + k % columns * (side + gap), k // columns * (side + gap) + gap
-        parts.append(f'<text x="{left}" y="{top - 5}">{name}</text>')
-        for i, label in enumerate(labels):
-            weight = ' font-weight="bold"' if i == asked else ""
+def draw_attention(shares, words, cell=14, columns=3):
+    """Um SVG com um mapa de calor por cabeça; shares: {nome: (W, W)}. A linha é a palavra que olha,
+    e a coluna, a olhada: quanto mais escuro, mais."""
+    side = len(words) * cell  # em pixels
+    step, parts = side + 7 * max(map(len, words)) + 12, []
+    for k, (name, share) in enumerate(shares.items()):
+        left, top = (k % columns + 1) * step - side, k // columns * step + 24
+        parts.append(f'<g transform="translate({left} {top})" text-anchor="end">'
+                     f'<text y="-5" text-anchor="start">{name}</text>'
+                     f'<path d="M0 0h{side}v{side}h-{side}z" fill="none" stroke="#999"/>')
+        for i, word in enumerate(words):
             middle = (i + 0.8) * cell
-            if k % columns == 0:
-                parts.append(f'<text x="{left - 5}" y="{top + middle}" text-anchor="end"{weight}>'
-                             f"{label}</text>")
-            if k + columns >= len(names):  # o último da sua coluna
-                x, y = left + middle, top + side + 5
-                parts.append(f'<text x="{x}" y="{y}" text-anchor="end" '
-                             f'transform="rotate(-90 {x} {y})"{weight}>{label}</text>')
-            for j, share in enumerate(shares[k, i].tolist()):
-                if share >= 0.01:
-                    parts.append(f'<rect x="{left + j * cell}" y="{top + i * cell}" width="{cell}" '
-                                 f'height="{cell}" fill="#1b4f9c" fill-opacity="{share:.2f}"/>')
-        parts.append(f'<rect x="{left}" y="{top}" width="{side}" height="{side}" fill="none" '
-                     'stroke="#999"/>')
-        parts.append(f'<rect x="{left}" y="{top + asked * cell}" width="{side}" height="{cell}" '
-                     'fill="none" stroke="#d33"/>')
-    return "\n".join([*parts, "</svg>\n"])
+            parts.append(f'<text x="-5" y="{middle}">{word}</text><text transform="'
+                         f'translate({middle} {side + 5}) rotate(-90)">{word}</text>')
+            parts += [f'<path d="M{j * cell} {i * cell}h{cell}v{cell}h-{cell}z" fill="#1b4f9c" '
+                      f'fill-opacity="{value:.2f}"/>'
+                      for j, value in enumerate(share[i].tolist()) if value >= 0.01]
+        parts.append("</g>")
+    width, height = min(columns, len(shares)) * step + 9, -(-len(shares) // columns) * step + 24
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-size="11">',
+        '<rect width="100%" height="100%" fill="#fff"/>', *parts, "</svg>\n"])
 
 
-# ------------------------------------------------------------------------------------------------
+def export(folder, model, tokenizer):
+    """Grava o modelo e o tokenizador numa pasta nova, que a biblioteca transformers abre."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+    from tokenizers.processors import TemplateProcessing
+
+    folder, special = Path(folder), tokenizer["special_tokens"]
+    folder.mkdir(parents=True)
+    to_pretrained(model, folder, special[END_OF_TEXT])
+    extra = make_tokenizer("", {token.encode(): number for token, number in special.items()}, {})
+    (folder / "vocab.tiktoken").write_text(tokenizer["vocab"] + extra["vocab"], encoding="utf-8")
+    os.environ["TIKTOKEN_CACHE_DIR"] = ""  # senão, leria a cópia de outro arquivo do mesmo nome
+    fast = TikTokenConverter(str(folder / "vocab.tiktoken"), tokenizer["pattern"],
+                             extra_special_tokens=special).converted()
+    fast.post_processor = TemplateProcessing(  # um texto começa depois do fim de outro
+        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, special[END_OF_TEXT])])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=fast, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False, model_max_length=model.config.block_size)
+    fast.save_pretrained(folder)
+    print(f"Pronto: abra com AutoModelForCausalLM.from_pretrained({str(folder)!r}).")
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(
-        description="Escreve textos com um modelo treinado.", allow_abbrev=False)
-    add = parser.add_argument
-    add("--start", default="", metavar="TEXTO", help="o começo do texto, ou FILE:arquivo.txt")
-    add("--num_samples", type=int, default=1, metavar="N", help="quantos textos escrever [1]")
-    add("--max_new_tokens", type=int, default=500, metavar="N",
-        help="no máximo quantos tokens tem cada um [500]")
-    add("--temperature", type=float, default=0.8, metavar="X",
-        help="quanto arriscar: 0 fica com o mais provável, 1 segue as probabilidades [0.8]")
-    add("--top_k", type=int, default=20, metavar="K",
-        help="sortear só entre os K tokens mais prováveis; 0 não limita [20]")
-    add("--seed", type=int, default=1337, metavar="N",
-        help="a mesma semente dá o mesmo texto [1337]")
-    add("--out_dir", metavar="PASTA", help="a pasta do treino; sem isto, o mais recente em out/")
-    add("--init_from", metavar="MODELO",
-        help="em vez de um treino seu: um .pt, gpt2 (gpt2-medium, gpt2-large, gpt2-xl), DONO/NOME "
-        "no Hugging Face, ou uma pasta nesse formato")
-    one = parser.add_mutually_exclusive_group()
-    one.add_argument(
-        "--attention", metavar="FRASE",
-        help="mostra para que palavras olha a que vier entre sublinhados (_ela_), ou a última")
-    add("--layer", type=int, metavar="N", help="com --attention: só esta camada, de 1 em diante")
-    add("--head", type=int, metavar="N", help="com --attention: só esta cabeça, de 1 em diante")
-    add("--image", metavar="ARQUIVO.svg", help="com --attention: um mapa de calor por cabeça")
-    one.add_argument(
-        "--export", metavar="PASTA", help="só grava o modelo no formato do Hugging Face")
-    add("--device", default="auto", metavar="NOME", help="auto, cuda, mps ou cpu [auto]")
-    add("--dtype", default="auto", metavar="NOME", help="auto, float32, bfloat16 ou float16 [auto]")
+    parser = argparse.ArgumentParser(description="Escreve com um modelo.", allow_abbrev=False)
+    add, one = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    add("--start", default="", help="o começo do texto, ou FILE:arquivo.txt")
+    add("--num_samples", type=int, default=1, help="quantos textos escrever [1]")
+    add("--max_new_tokens", type=int, default=500, help="quantos tokens, no máximo, cada um [500]")
+    add("--temperature", type=float, default=0.8, help="quanto arriscar: 0 é nada [0.8]")
+    add("--top_k", type=int, default=20, help="sortear só entre os K mais prováveis; 0: todos [20]")
+    add("--seed", type=int, default=1337, help="a mesma semente dá o mesmo texto [1337]")
+    add("--out_dir", help="a pasta do treino; sem isto, o mais recente em out/")
+    add("--init_from", help="em vez dele, um .pt, ou do Hugging Face: gpt2, DONO/NOME, uma pasta")
+    one("--attention", help="para onde olha, nesta frase, a palavra entre sublinhados (_ela_)")
+    add("--layer", type=int, help="com --attention: só esta camada, de 1 em diante")
+    add("--head", type=int, help="com --attention: só esta cabeça, de 1 em diante")
+    add("--image", help="com --attention: um mapa de calor por cabeça, neste arquivo .svg")
+    one("--export", help="só grava o modelo, nesta pasta nova, no formato do Hugging Face")
+    add("--device", default="auto", help="auto, cuda, mps ou cpu [auto]")
+    add("--dtype", default="auto", help="auto, float32, bfloat16 ou float16 [auto]")
     options = parse_arguments(parser, arguments)
-    least = {"num_samples": 1, "max_new_tokens": 1, "temperature": 0, "top_k": 0, "seed": 0}
-    for name, limit in least.items():
-        if not getattr(options, name) >= limit:
-            raise SystemExit(f"--{name} {getattr(options, name)} não serve: o mínimo é {limit}.")
-    if options.seed >= 2**32:
-        raise SystemExit(f"--seed {options.seed} não serve: o máximo é {2**32 - 1}.")
-
-    if options.attention is None and (options.layer, options.head, options.image) != (None,) * 3:
+    for name, least, most in (("num_samples", 1, 1000), ("max_new_tokens", 1, 2**32),
+                              ("temperature", 0, 1e6), ("top_k", 0, 2**32), ("seed", 0, 2**32)):
+        if not least <= (value := getattr(options, name)) < most:
+            parser.error(f"--{name} {value} não serve: vai de {least} até menos de {most}")
+    if options.attention is None and (options.layer or options.head or options.image):
         parser.error("--layer, --head e --image só valem com --attention")
-    if options.image is not None and not options.image.endswith(".svg"):
-        raise SystemExit(f"--image {options.image!r} não serve: a figura é um arquivo .svg.")
+    if options.image and not options.image.endswith(".svg"):
+        parser.error(f"--image {options.image!r} não serve: a figura é um arquivo .svg")
+    if options.start.startswith("FILE:"):
+        options.start = Path(options.start[5:]).read_text(encoding="utf-8-sig", errors="replace")
 
-    start = read_start(options.start)
     device = choose_device(options.device)
     model, tokenizer = load_model(options.init_from or find_checkpoint(options.out_dir))
     if options.export:
@@ -294,31 +233,7 @@ def main(arguments=None):
     model = model.to(device, sampling_dtype(model, device, options.dtype))
     if options.attention is not None:
         return show_attention(options, model, tokenizer)
-    encoding = build_encoding(tokenizer)
-    # no treino, o <|endoftext|> fecha um documento; logo depois dele começa outro
-    ids = [encoding.eot_token, *encoding.encode_ordinary(start)]
-    idx = torch.tensor([ids] * options.num_samples, device=device)  # (B, T)
-    random = torch.Generator(device).manual_seed(options.seed)
-    began = time.perf_counter()
-    tokens = model.generate(idx, options.max_new_tokens, options.temperature, options.top_k,
-                            stop_token=encoding.eot_token, generator=random)
-    if options.num_samples == 1:
-        count = 0
-        print(start, end="", flush=True)
-        for count, piece in enumerate(text_pieces((token.item() for token in tokens), encoding), 1):
-            print(piece, end="", flush=True)
-        print()
-    else:
-        rows = [[] for _ in range(options.num_samples)]
-        for column in tokens:  # (B,): um token de cada texto; os que já acabaram repetem o do fim
-            for row, token in zip(rows, column.tolist()):
-                if token != encoding.eot_token:
-                    row.append(token)
-        count = sum(map(len, rows))
-        texts = [start + "".join(text_pieces(row, encoding)) for row in rows]
-        print("\n---------------\n".join(texts))
-    seconds = time.perf_counter() - began
-    print(f"[{count} tokens, {count / seconds:.0f} tokens/s]", file=sys.stderr)
+    write(model, build_encoding(tokenizer), options, device)
 
 
 if __name__ == "__main__":

@@ -23,4 +23,5 @@ weight_decay = 0.5  # alto, porque o texto é pouco: com 0.1 o modelo decora mai
 
 # acompanhar
 eval_interval = 200  # um texto novo a cada minuto, mais ou menos
+eval_iters = 40  # o bastante para toda a validação
 save_interval = 200  # se a máquina cair, perdem-se no máximo estes passos

@@ -2,18 +2,21 @@
 
 python tests/bench.py            tudo, em uns quatro minutos, sem mais nada rodando
 python tests/bench.py bpe        só uma parte: bpe, training, sampling, flat, batch, start, memory
+python tests/bench.py agreement out/tiny     a concordância de um modelo treinado, em frases
 
 Ao lado de cada velocidade vai a fração que ela é do limite da máquina, medido na mesma rodada:
 multiplicar matrizes, no treino; ler os pesos uma vez por token, na geração.
 """
 
+import csv
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import regex
@@ -21,8 +24,8 @@ import regex
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from model import GPT, GPTConfig, choose_dtype  # noqa: E402  (antes do torch)
-from prepare import PATTERN, train_bpe  # noqa: E402
-from sample import sampling_dtype  # noqa: E402
+from prepare import PATTERN, build_encoding, train_bpe  # noqa: E402
+from sample import load_model, sampling_dtype  # noqa: E402
 from train import Config, make_optimizers  # noqa: E402
 
 import torch  # noqa: E402
@@ -30,12 +33,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
 
 CPU = torch.device("cpu")
+DTYPE = choose_dtype(CPU)  # o bfloat16, só onde o chip ganha com ele
 LIMITS = {}  # os da máquina, que machine() mede
 SHAPES = {  # block_size, vocab_size, n_layer, n_head, n_embd
-    "tiny": (128, 4096, 4, 6, 192),
-    "6 × 256": (128, 4096, 6, 8, 256),
-    "124M": (1024, 50257, 12, 12, 768),
-}
+    "tiny": (128, 4096, 4, 6, 192), "6 × 256": (128, 4096, 6, 8, 256),
+    "124M": (1024, 50257, 12, 12, 768)}
 
 
 def seconds(function):
@@ -52,7 +54,7 @@ def medians(*functions, rounds=5):
 
 def machine():
     """Os limites: as operações por segundo de um produto de matrizes e a leitura da memória."""
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in dict.fromkeys((torch.float32, DTYPE)):
         a = torch.randn(2048, 2048).to(dtype)
         (time_,) = medians(lambda: a @ a)
         LIMITS[dtype] = 2 * 2048**3 / time_
@@ -67,19 +69,13 @@ def bpe():
     """Aprender 4.096 tokens com 2 MB de texto, contra a biblioteca tokenizers (em Rust)."""
     text = (ROOT / "data" / "contos.txt").read_text(encoding="utf-8")
     text = (text + text.swapcase())[:2_000_000]  # maiúsculas trocadas: mais palavras diferentes
-    documents = text.split("<|endoftext|>")
+    documents, alphabet = text.split("<|endoftext|>"), pre_tokenizers.ByteLevel.alphabet()
 
     def rust():
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.train_from_iterator(
-            documents,
-            trainers.BpeTrainer(
-                vocab_size=4095,
-                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                show_progress=False,
-            ),
-        )
+        tokenizer.train_from_iterator(documents, trainers.BpeTrainer(
+            vocab_size=4095, initial_alphabet=alphabet, show_progress=False))
         assert tokenizer.get_vocab_size() == 4095
 
     def ours():
@@ -95,18 +91,9 @@ def bpe():
 def make_models(shape):
     """O nosso modelo e o da transformers, com as mesmas medidas."""
     block_size, vocab_size, n_layer, n_head, n_embd = shape
-    theirs = GPT2Config(
-        n_positions=block_size,
-        vocab_size=vocab_size,
-        n_layer=n_layer,
-        n_head=n_head,
-        n_embd=n_embd,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        eos_token_id=None,
-        bos_token_id=None,
-    )
+    theirs = GPT2Config(n_positions=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
+                        n_embd=n_embd, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+                        eos_token_id=None, bos_token_id=None)
     return GPT(GPTConfig(*shape)), GPT2LMHeadModel(theirs)
 
 
@@ -115,14 +102,11 @@ def training():
     shape = SHAPES["6 × 256"]
     ours, theirs = make_models(shape)
     x = torch.randint(shape[1], (16, 128))
-    dtype = choose_dtype(CPU)
-    adamw, muon = (
-        make_optimizers(ours, Config(optimizer=name), dtype) for name in ("adamw", "muon")
-    )
+    adamw, muon = (make_optimizers(ours, Config(optimizer=name), DTYPE) for name in ("adamw", "muon"))
     optimizer = torch.optim.AdamW(theirs.parameters(), fused=True)
 
     def step(optimizers):
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        with torch.autocast("cpu", DTYPE, enabled=DTYPE != torch.float32):
             _, loss = ours(x, x)
         loss.backward()
         for each in optimizers:
@@ -139,39 +123,26 @@ def training():
     work = x.numel() * (6 * ours.num_params() + 12 * n_layer * n_embd * block_size)
     mine, with_muon, other = medians(lambda: step(adamw), lambda: step(muon), their_step, rounds=9)
     for name, time_ in (("AdamW", mine), ("Muon", with_muon)):
-        print(
-            f"treino 6 × 256, {name}, {str(dtype)[6:]}: {x.numel() / time_:.0f} tokens/s; "
-            f"transformers {x.numel() / other:.0f}; razão {other / time_:.2f}; "
-            f"{work / time_ / LIMITS[dtype]:.0%} do limite"
-        )
+        print(f"treino 6 × 256, {name}, {str(DTYPE)[6:]}: {x.numel() / time_:.0f} tokens/s; "
+              f"transformers {x.numel() / other:.0f}; razão {other / time_:.2f}; "
+              f"{work / time_ / LIMITS[DTYPE]:.0%} do limite")
 
 
 def sampling():
     """Uma sequência, na precisão desta máquina, contra generate da transformers em float32."""
     for name, shape in SHAPES.items():
-        count = 100
         ours, theirs = make_models(shape)
         ours.to(sampling_dtype(ours, CPU)).eval()
         idx = torch.zeros(1, 8, dtype=torch.long)
         mine, other = medians(
-            lambda: list(ours.generate(idx, count, 0.8, 20)),
+            lambda: list(ours.generate(idx, 100, 0.8, 20)),
             lambda: theirs.eval().generate(
-                idx,
-                attention_mask=torch.ones_like(idx),
-                max_new_tokens=count,
-                do_sample=True,
-                temperature=0.8,
-                top_k=20,
-                pad_token_id=0,
-            ),
-            rounds=5,
-        )
+                idx, attention_mask=torch.ones_like(idx), max_new_tokens=100, do_sample=True,
+                temperature=0.8, top_k=20, pad_token_id=0))
         weights = sum(p.nbytes for p in ours.parameters())
-        print(
-            f"geração {name}, {str(ours.wte.weight.dtype)[6:]}: {count / mine:.0f} tokens/s; "
-            f"transformers {count / other:.0f}; razão {other / mine:.2f}; "
-            f"{weights * count / mine / LIMITS['memory']:.0%} do limite"
-        )
+        print(f"geração {name}, {str(ours.wte.weight.dtype)[6:]}: {100 / mine:.0f} tokens/s; "
+              f"transformers {100 / other:.0f}; razão {other / mine:.2f}; "
+              f"{weights * 100 / mine / LIMITS['memory']:.0%} do limite")
 
 
 def flat():
@@ -194,10 +165,8 @@ def batch():
     ours, _ = make_models(SHAPES["tiny"])
     ours.to(sampling_dtype(ours, CPU)).eval()
     one, eight = (torch.zeros(size, 8, dtype=torch.long) for size in (1, 8))
-    alone, together = medians(
-        lambda: list(ours.generate(one, 100, 0.8, 20)),
-        lambda: list(ours.generate(eight, 100, 0.8, 20)),
-    )
+    alone, together = medians(lambda: list(ours.generate(one, 100, 0.8, 20)),
+                              lambda: list(ours.generate(eight, 100, 0.8, 20)))
     print(f"8 textos de uma vez: {8 * alone / together:.2f} vezes os tokens/s de um")
 
 
@@ -206,72 +175,74 @@ def start():
     with tempfile.TemporaryDirectory() as folder:
 
         def call(*command):
-            subprocess.run(
-                [sys.executable, *map(str, command)],
-                cwd=folder,
-                check=True,
-                capture_output=True,
-                env=os.environ | {"PYTHONPATH": str(ROOT)},
-            )
+            subprocess.run([sys.executable, *map(str, command)], cwd=folder, check=True,
+                           capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
         prepare, train, sample = (ROOT / f"{name}.py" for name in ("prepare", "train", "sample"))
         call(prepare)
         call(train, ROOT / "config/tiny.py", "--max_iters=1", "--eval_iters=1")
         imports, prepared, sampled = medians(
-            lambda: call("-c", "import torch, tiktoken"),
-            lambda: call(prepare),
-            lambda: call(sample, "--max_new_tokens", "1"),
-        )
+            lambda: call("-c", "import torch, tiktoken"), lambda: call(prepare),
+            lambda: call(sample, "--max_new_tokens", "1"))
     print(f"prepare.py: {prepared:.2f} s, {prepared / imports:.2f} vezes o import de torch")
     print(f"sample.py, um token: {sampled:.2f} s, {sampled / imports:.2f} vezes")
 
 
-TRAIN_124M = """
-import resource, sys
-sys.path[0] = {root!r}
-from model import GPT, GPTConfig
-from train import Config, make_optimizers
-import torch
-which = {which!r}
-if which == "transformers":
-    from transformers import GPT2Config, GPT2LMHeadModel
-    dtype = torch.float32
-    model = GPT2LMHeadModel(GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
-    optimizers = [torch.optim.AdamW(model.parameters())]
-else:
-    dtype = getattr(torch, which)
-    model = GPT(GPTConfig(block_size=256))
-    optimizers = make_optimizers(model, Config(), dtype)
-x = torch.randint(50257, (4, 256))
-for _ in range(2):
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        loss = model(x, labels=x).loss if which == "transformers" else model(x, x)[1]
-    loss.backward()
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
+def peak(which):
+    """Treina o de 124M com 4 × 256 tokens por passo, e mostra o pico de memória deste processo."""
+    dtype, x = getattr(torch, which, torch.float32), torch.randint(50257, (4, 256))
+    ours, theirs = make_models((256, 50257, 12, 12, 768))
+    model, optimizers = ours, make_optimizers(ours, Config(), dtype)
+    if which == "transformers":
+        model, optimizers = theirs, [torch.optim.AdamW(theirs.parameters())]
+    del ours, theirs
+    for _ in range(2):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = model(x, labels=x).loss if which == "transformers" else model(x, x)[1]
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def memory():
-    """O pico de memória de um processo que treina o de 124M, com 4 × 256 tokens por passo."""
+    """O pico de memória de treinar o de 124M, cada vez noutro processo."""
     peaks = {}
-    for which in ("transformers", "float32", "bfloat16"):
-        code = TRAIN_124M.format(root=str(ROOT), which=which)
-        output = subprocess.run(
-            [sys.executable, "-c", code], check=True, capture_output=True, text=True
-        ).stdout
+    for which in dict.fromkeys(("transformers", "float32", str(DTYPE)[6:])):
+        command = [sys.executable, __file__, "peak", which]
+        output = subprocess.run(command, check=True, capture_output=True).stdout
         peaks[which] = int(output) / 2**20  # o Linux conta em KiB
-    for which, peak in peaks.items():
-        print(f"memória do treino, 124M, {which}: {peak:.2f} GB; razão "
-              f"{peak / peaks['transformers']:.2f}")
+        ratio = peaks[which] / peaks["transformers"]
+        print(f"memória do treino, 124M, {which}: {peaks[which]:.2f} GB; razão {ratio:.2f}")
+
+
+def agreement(out_dir="out/tiny"):
+    """Em quantas frases de concordancia.csv o modelo dá mais probabilidade à forma certa."""
+    model, tokenizer = load_model(f"{out_dir}/best.pt")
+    encoding, right = build_encoding(tokenizer), defaultdict(list)
+
+    def log_probability(start, end):
+        ids, tail = [encoding.eot_token, *encoding.encode_ordinary(start)], encoding.encode_ordinary(end)
+        idx = torch.tensor([ids + tail])
+        logits, _ = model(idx, idx)
+        return logits[0, len(ids) - 1 : -1].log_softmax(-1).gather(1, idx[0, len(ids) :, None]).sum()
+
+    with open(Path(__file__).with_name("concordancia.csv"), encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            good, bad = (log_probability(row["começo"], row[key]) for key in ("certo", "errado"))
+            right[row["tipo"]].append((good > bad).item())
+    for kind, answers in (right | {"ao todo": sum(right.values(), [])}).items():
+        print(f"concordância, {kind}: {sum(answers)} de {len(answers)}")
 
 
 if __name__ == "__main__":
     parts = [bpe, training, sampling, flat, batch, start, memory]
-    chosen = [part for part in parts if part.__name__ in (sys.argv[1:] or [part.__name__])]
-    if training in chosen or sampling in chosen:
+    if sys.argv[1:2] in (["agreement"], ["peak"]):
+        parts = [lambda: globals()[sys.argv[1]](*sys.argv[2:])]
+    elif sys.argv[1:]:
+        parts = [part for part in parts if part.__name__ in sys.argv[1:]]
+    if training in parts or sampling in parts:
         machine()
-    for part in chosen:
+    for part in parts:
         part()

@@ -12,9 +12,7 @@ from conftest import ROOT, run_main
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 # (marcado como testado?, os comandos, a saída que o README mostra)
-BLOCKS = re.findall(
-    r"(<!-- testado -->\n)?```sh\n(.*?)```\n(?:```text\n(.*?)```)?", TEXT, flags=re.DOTALL
-)
+BLOCKS = re.findall(r"(<!-- testado -->\n)?```sh\n(.*?)```\n(?:```text\n(.*?)```)?", TEXT, re.DOTALL)
 COMMANDS = [line for _, commands, _ in BLOCKS for line in commands.splitlines()]
 
 
@@ -22,11 +20,9 @@ COMMANDS = [line for _, commands, _ in BLOCKS for line in commands.splitlines()]
 def clone(tmp_path_factory):
     """Uma pasta como a de quem acaba de chegar: só o que o projeto traz."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("prepare.py", "model.py", "train.py", "sample.py"):
-        shutil.copy(ROOT / name, folder)
-    shutil.copytree(ROOT / "config", folder / "config")
-    (folder / "data").mkdir()
-    shutil.copy(ROOT / "data/contos.txt", folder / "data")
+    for name in ("prepare.py", "model.py", "train.py", "sample.py", "config", "data/contos.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (shutil.copytree if name == "config" else shutil.copy)(ROOT / name, folder / name)
     return folder
 
 
@@ -38,28 +34,20 @@ def test_tested_commands_print_what_the_readme_shows(clone):
         program, *arguments = shlex.split(command)
         assert program == "python"
         printed = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=clone,
-            capture_output=True,
-            encoding="utf-8",
-            check=True,
-            env=os.environ | {"PYTHONIOENCODING": "utf-8"},
-        ).stdout
-        if output:
-            assert printed == output
-        else:  # a resposta de um exercício, mais adiante
-            assert f"`{printed.strip()}`" in TEXT
+            [sys.executable, *arguments], cwd=clone, capture_output=True, encoding="utf-8", check=True,
+            env=os.environ | {"PYTHONIOENCODING": "utf-8"}).stdout
+        # sem saída ao lado, é a resposta de um exercício, mais adiante
+        assert printed == output or not output and f"`{printed.strip()}`" in TEXT, command
 
 
 @pytest.mark.parametrize("script", ["prepare.py", "train.py", "sample.py"])
 def test_every_option_and_file_exists(script, tmp_path):
     known = set(re.findall(r"--\w+", run_main(script, "--help", cwd=tmp_path).stdout))
     lines = [*COMMANDS, *re.findall(r"`(python [^`]*)`", TEXT)]
-    lines = [line.partition(script)[2] for line in lines if f" {script}" in line]
+    lines = [part.partition("&&")[0] for line in lines for part in line.split(script)[1:]]
     assert len(lines) > 3
     for line in lines:
-        used = re.findall(r"--\w+", line)
-        assert set(used) <= known, line
+        assert set(re.findall(r"--\w+", line)) <= known, line
         for path in re.findall(r"config/\w+\.py", line):
             assert (ROOT / path).exists(), line
 
@@ -67,16 +55,12 @@ def test_every_option_and_file_exists(script, tmp_path):
 def test_sample_commands_work_with_a_trained_model(clone):
     run_main("prepare.py", cwd=clone)
     run_main("train.py", "config/tiny.py", "--max_iters=1", "--eval_iters=1", cwd=clone)
-    own = [
-        line
-        for line in COMMANDS
-        if line.startswith("python sample.py") and not re.search("--init_from|out/livros", line)
-    ]
+    own = [line for line in COMMANDS if line.startswith("python sample.py")
+           and not re.search("--init_from|out/livros", line)]
     assert len(own) >= 6
     for line in own:
-        options = shlex.split(line)[2:]
         quick = [] if "--attention" in line else ["--max_new_tokens=5"]
-        assert run_main("sample.py", *options, *quick, cwd=clone).stdout, line
+        assert run_main("sample.py", *shlex.split(line)[2:], *quick, cwd=clone).stdout, line
     assert (clone / "out/atencao.svg").stat().st_size > 10_000
 
 
@@ -84,7 +68,5 @@ def test_links_lead_somewhere():
     headings = re.findall(r"^#+ (.*)", TEXT, flags=re.MULTILINE)
     slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
     for target in re.findall(r"\]\(([^)]+)\)", TEXT):
-        if target.startswith("#"):
-            assert target[1:] in slugs, target
-        elif not target.startswith("https://"):
-            assert (ROOT / target).exists(), target
+        assert target[1:] in slugs if target[0] == "#" else (
+            target.startswith("https://") or (ROOT / target).exists()), target
