@@ -5,7 +5,6 @@ veio; o gradiente diz para que lado mexer cada peso; o otimizador mexe um pouco.
 
     python train.py config/tiny.py                      treina; de novo, continua de onde parou
     python train.py config/tiny.py --learning_rate=1e-3 muda uma opção do arquivo
-    python train.py --help                              mostra todas as opções
 
 O resultado fica em out/NOME/: best.pt (o modelo de menor loss de validação, que sample.py usa),
 last.pt (tudo o que é preciso para continuar) e log.csv (uma linha por avaliação).
@@ -139,15 +138,18 @@ class Tokens:
         return self.read([self.window(int(place) % len(self.tokens)) for place in places])
 
     def fixed_batches(self, batch_size, most):
-        """Os batches da avaliação, no máximo `most`, em que cada token conta uma vez."""
-        tokens, T = self.tokens[: most * batch_size * self.block_size], self.block_size
-        ends = [-1, *np.flatnonzero(tokens == self.end).tolist(), len(tokens) - 1]
-        windows = [(start, min(T, end - start)) for begin, end in zip(ends, ends[1:])
-                   for start in range(begin, end, T)][: most * batch_size]
-        for i in range(0, len(windows), batch_size):
-            starts, counts = zip(*windows[i : i + batch_size])
-            x, y = self.read(starts)  # o que passa do documento é de outra janela
-            yield x, y.masked_fill(torch.arange(T) >= torch.tensor(counts)[:, None], -100)
+        """Os batches da avaliação, em que cada token conta uma vez; de um texto grande, `most`."""
+        starts, counts, place, size = [], [], -1, len(self.tokens)
+        skip = max(0, size // (most * batch_size) - self.block_size)  # espalhados pelo texto
+        while place < size - 1 and len(starts) < most * batch_size:
+            starts.append(self.window(place))
+            ends = np.flatnonzero(self.tokens[starts[-1] + 1 :][: self.block_size] == self.end)
+            counts.append(int(ends[0]) + 1 if len(ends) else self.block_size)
+            place = starts[-1] + counts[-1] + skip
+        for i in range(0, len(starts), batch_size):
+            x, y = self.read(starts[i : i + batch_size])  # o que passa do documento não conta aqui
+            length = torch.tensor(counts[i : i + batch_size])[:, None]
+            yield x, y.masked_fill(torch.arange(self.block_size) >= length, -100)
 
     def read(self, starts):
         """As janelas que começam em `starts`: os tokens x e, para cada um, o seguinte, y."""
@@ -162,7 +164,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr, weight_decay, dtype):
         super().__init__(params, {"lr": lr, "peak": lr, "weight_decay": weight_decay})
-        self.dtype = dtype
+        self.dtype = dtype if dtype == torch.bfloat16 else torch.float32  # (float16 não basta)
 
     @torch.no_grad()
     def step(self):
@@ -198,7 +200,6 @@ def make_optimizers(model, config, dtype):
     matrices, optimizers = [p for p in model.parameters() if p.dim() == 2], []
     if config.optimizer == "muon":
         matrices, hidden = matrices[:2], matrices[2:]  # as duas primeiras são os embeddings
-        dtype = dtype if dtype == torch.bfloat16 else torch.float32
         optimizers.append(Muon(hidden, config.muon_learning_rate, config.weight_decay, dtype))
     vectors, peak = [p for p in model.parameters() if p.dim() < 2], config.learning_rate
     optimizers.append(torch.optim.AdamW(  # Loshchilov e Hutter 2019
@@ -258,7 +259,6 @@ def evaluate(model, loss_of, encoding, config, *datasets):
             counted = (y >= 0).sum().item()
             total, count = total + loss_of(x, y).item() * counted, count + counted
         losses.append(total / count)
-    torch.manual_seed(config.seed)  # o mesmo sorteio, sempre
     prompt, end = normalize(config.sample_prompt), encoding.eot_token
     ids = torch.tensor([[end, *encoding.encode_ordinary(prompt)]], device=model.wte.weight.device)
     tokens = [token.item() for token in model.generate(ids, 40, 0.8, 20, end)]

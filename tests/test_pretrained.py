@@ -28,16 +28,15 @@ def no_network(monkeypatch):
     monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: 1 / 0)
 
 
-def make_pretrained(folder, first=[END_OF_TEXT], last=["<|x|>"], old=False, shard="5GB", **shape):
+def make_pretrained(folder, end=END_OF_TEXT, first=True, old=False, shard="5GB", **shape):
     """Uma pasta como as publicadas; old: com os arquivos e os nomes dos pesos do primeiro gpt2."""
     torch.manual_seed(0)
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(
-        [STORIES], 400 - len(last), special_tokens=first, show_progress=False)
-    tokenizer.add_special_tokens(last)
-    end = tokenizer.token_to_id(END_OF_TEXT)
+        [STORIES], 399, special_tokens=[end] if first else [], show_progress=False)
+    tokenizer.add_special_tokens(["<|x|>"] if first else [end])
     shape = {"n_positions": 32, "n_embd": 36, "n_layer": 3, "n_head": 3, "vocab_size": 400,
-             "bos_token_id": end, "eos_token_id": end} | shape
+             "eos_token_id": tokenizer.token_to_id(end)} | shape
     theirs = GPT2LMHeadModel(GPT2Config(**shape)).eval()
     for p in theirs.parameters():
         p.data += torch.randn_like(p) * 0.1
@@ -50,7 +49,7 @@ def make_pretrained(folder, first=[END_OF_TEXT], last=["<|x|>"], old=False, shar
         (folder / "model.safetensors").unlink()
     else:
         PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer._tokenizer, eos_token=END_OF_TEXT).save_pretrained(folder)
+            tokenizer_object=tokenizer._tokenizer, eos_token=end).save_pretrained(folder)
     return theirs, tokenizer
 
 
@@ -60,34 +59,28 @@ def same_logits(ours, theirs):
 
 
 @pytest.mark.parametrize("options", [
-    dict(), dict(first=[], last=[END_OF_TEXT], n_embd=64, n_head=2, shard="20KB"),
-    dict(first=[], last=[END_OF_TEXT], old=True, n_embd=20, n_layer=1, n_head=5, n_positions=17)])
-def test_what_they_publish_opens_here(options, tmp_path):
-    theirs, tokenizer = make_pretrained(tmp_path / "m", **options)
-    assert len(list((tmp_path / "m").glob("*.safetensors"))) > 1 or "shard" not in options
-    ours, description = sample.load_model(str(tmp_path / "m"))
+    dict(end="</s>"), dict(first=False, n_embd=64, n_head=2, shard="20KB"),
+    dict(first=False, old=True, n_embd=20, n_layer=1, n_head=5, n_positions=17)])
+def test_what_they_publish_opens_here(options, workdir):
+    theirs, tokenizer = make_pretrained(workdir / "m", **options)
+    assert len(list((workdir / "m").glob("*.safetensors"))) > 1 or "shard" not in options
+    ours, description = sample.load_model("m")
     same_logits(ours, theirs)
     encoding = build_encoding(description)
-    sample.export(tmp_path / "outra", ours, description)  # gravado de novo, tem os mesmos números
-    again = AutoTokenizer.from_pretrained(tmp_path / "outra")
-    assert again.eos_token_id == encoding.eot_token == tokenizer.token_to_id(END_OF_TEXT)
+    sample.export("outra", ours, description)  # gravado de novo, tem os mesmos números
+    again = AutoTokenizer.from_pretrained("outra")
+    assert again.eos_token_id == encoding.eot_token == theirs.config.eos_token_id
     for text in TEXTS:
         ids = encoding.encode_ordinary(text)
         assert encoding.decode(ids) == text
         if END_OF_TEXT not in text:
             assert ids == tokenizer.encode(text).ids == again.encode(text, add_special_tokens=False)
-
-
-def test_attention_equals_theirs(tmp_path):
-    theirs, tokenizer = make_pretrained(tmp_path / "m")
-    theirs.set_attn_implementation("eager")
-    model, description = sample.load_model(str(tmp_path / "m"))
-    words, _ = sample.split_words("O gato viu a _menina_.", description)
-    ids = [token for _, tokens in words for token in tokens]
-    assert ids[1:] == tokenizer.encode("O gato viu a menina.").ids
-    attentions = theirs(torch.tensor([ids]), output_attentions=True).attentions
+    theirs.set_attn_implementation("eager")  # a que mostra os pesos de atenção
+    words, _ = sample.split_words("O _gato_ viu.", description)
+    ids = [[token for _, tokens in words for token in tokens]]
+    attentions = theirs(torch.tensor(ids), output_attentions=True).attentions
     expected = sum_by_hand(torch.cat(attentions), words)
-    assert (sample.word_attention(model, words) - expected).abs().max() < 1e-5
+    assert (sample.word_attention(ours, words) - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("bias", ["True", "False"])
@@ -117,6 +110,7 @@ def test_an_exported_model_writes_there_what_it_writes_here(workdir):
     assert tokenizer.decode(ids, skip_special_tokens=True) + "\n" == here
     rows, end = tokenizer(["a", "b c"], padding=True).input_ids, tokenizer.eos_token_id
     assert (rows[0][0], rows[0][-1], *tokenizer(END_OF_TEXT).input_ids) == (end, end, end, end)
+    assert not tokenizer.clean_up_tokenization_spaces
     assert tokenizer.decode(tokenizer.encode("viu , e", add_special_tokens=False)) == "viu , e"
 
 
