@@ -15,7 +15,7 @@ As letras nos comentários, em que (B, T, C) é um tensor de três eixos, desses
     C   canais: o tamanho do vetor que representa um token (n_embd)
     nh  quantas cabeças de atenção (n_head)
     hs  o tamanho de cada cabeça, C / nh (head size)
-    V   o tamanho do vocabulário (vocab_size)
+    V   o tamanho do vocabulário (vocab_size), e L, o número de blocos (n_layer)
 
 Fontes: Vaswani et al. 2017, "Attention Is All You Need" (o Transformer); Radford et al. 2019,
 "Language Models are Unsupervised Multitask Learners" (o GPT-2, seção 2.3).
@@ -27,8 +27,8 @@ import timeit
 import zipfile
 from dataclasses import dataclass
 
-# Dois ajustes para o Linux, que só valem antes do import do torch: memória em páginas grandes, e um
-# núcleo que espera por outro logo larga o processador, o que conta muito se ele é disputado.
+# Dois ajustes para o Linux, que só valem antes do import do torch: memória em páginas grandes; e a
+# thread que espera por outra logo larga o processador, o que conta muito se ele é disputado.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
@@ -54,7 +54,7 @@ def attention(q, k, v):
     """A atenção escrita por extenso: softmax(q·kᵀ / √hs)·v (Vaswani et al. 2017, seção 3.2.1).
 
     q (a consulta: o que cada token procura), k (a chave: o que cada um oferece) e v (o valor: o que
-    entrega a quem o procura): (B, nh, T, hs). Devolve o resultado (B, nh, T, hs) e os pesos
+    ele entrega a quem o procura): (B, nh, T, hs). Devolve o resultado (B, nh, T, hs) e os pesos
     (B, nh, T, T): quanto cada token olha para os anteriores e para si mesmo; cada linha soma 1.
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, nh, T, T): afinidades
@@ -74,14 +74,14 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None, past=0, weights=None):
+    def forward(self, x, cache=None, past=0, weights=None):  # são os de GPT.forward
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, nh, hs)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # cada cabeça com a sua fatia: (3, B, nh, T, hs)
         if x.device.type == "mps":  # lá, a atenção do PyTorch 2.10 e 2.11 erra com fatias
             qkv = qkv.contiguous()  # (github.com/pytorch/pytorch/issues/181133)
         q, k, v = qkv  # (B, nh, T, hs)
-        if cache is not None:  # k e v dos tokens já lidos estão guardados: (2, B, nh, past, hs)
+        if cache is not None:  # (2, B, nh, block_size, hs): k e v; os `past` primeiros já lidos
             cache[:, :, :, past : past + T] = qkv[1:]
             k, v = cache[:, :, :, : past + T]  # (B, nh, past + T, hs)
         if weights is not None:
@@ -93,8 +93,8 @@ class CausalSelfAttention(nn.Module):
         else:
             if x.device.type == "cpu":  # na CPU, o gradiente da atenção em bfloat16 é lento
                 q, k, v = q.float(), k.float(), v.float()
-            with torch.autocast("cpu", enabled=False):  # (para que fique em float32)
-                y = F.scaled_dot_product_attention(q, k, v, None, self.dropout, is_causal=True)
+            with torch.autocast("cpu", enabled=False):  # (na CPU, para que fique em float32)
+                y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout, is_causal=True)
         y = y.transpose(1, 2).reshape(B, T, C)  # as cabeças lado a lado: -> (B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -266,8 +266,8 @@ def choose_dtype(device, name="auto"):
             torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         # há processadores que têm as instruções e não ganham com elas: uma corrida decide
         matrices = [torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
-        slow, fast = (min(timeit.repeat(lambda: m @ m, number=1, repeat=10)) for m in matrices)
-        if slow > 1.5 * fast:
+        time32, time16 = (min(timeit.repeat(lambda: m @ m, number=1, repeat=10)) for m in matrices)
+        if time32 > 1.5 * time16:
             return torch.bfloat16  # metade dos bytes, e o mesmo alcance do float32
     return torch.float32
 
@@ -299,10 +299,9 @@ def read_checkpoint(path, *needed):
 
 # o GPT-2 publicado guarda estas matrizes como (entrada, saída); a nn.Linear, como (saída, entrada)
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-# o que, na configuração de um deles, faria outro modelo
-RECIPE = ("model_type", "activation_function", "layer_norm_epsilon", "n_inner",
-          "scale_attn_weights", "scale_attn_by_inverse_layer_idx",
-          "add_cross_attention", "tie_word_embeddings")
+# campos da configuração em que um valor que não o usual faz outro modelo, que aqui não se abre
+RECIPE = ("model_type", "activation_function", "layer_norm_epsilon", "scale_attn_weights",
+          "scale_attn_by_inverse_layer_idx", "add_cross_attention", "tie_word_embeddings")
 
 
 def from_pretrained(name):
@@ -317,12 +316,12 @@ def from_pretrained(name):
         theirs, report = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
         if report["missing_keys"]:
             raise ValueError(f"faltam pesos: {sorted(report['missing_keys'])}")
-    except Exception as error:  # um arquivo estragado pode falhar em qualquer ponto da leitura
+        weights = {key: weight.T.contiguous() if key.endswith(TRANSPOSED) else weight
+                   for key, weight in theirs.float().transformer.state_dict().items()}
+        return GPT(GPTConfig(config.n_positions, config.vocab_size, config.n_layer, config.n_head,
+                             config.n_embd), weights).eval()
+    except Exception as error:  # sem rede, sem esse nome, arquivo estragado: são muitos os tipos
         raise SystemExit(f"Não consegui abrir {name}: {' '.join(str(error).split())[:300]}")
-    weights = {key: weight.T.contiguous() if key.endswith(TRANSPOSED) else weight
-               for key, weight in theirs.float().transformer.state_dict().items()}
-    shape = (config.n_positions, config.vocab_size, config.n_layer, config.n_head, config.n_embd)
-    return GPT(GPTConfig(*shape), weights).eval()
 
 
 def to_pretrained(model, folder, end):

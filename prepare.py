@@ -98,7 +98,7 @@ def merge(ids, pair, new):
 
 
 def make_tokenizer(kind, ranks, special_tokens):
-    """Descreve um tokenizador ({bytes: número}) só com tipos simples: vai em cada checkpoint."""
+    """Descreve um tokenizador (ranks: {bytes: número}) só com tipos simples, para o checkpoint."""
     vocab = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
     return {"kind": kind, "pattern": PATTERN, "special_tokens": special_tokens,
             "vocab_size": len(ranks) + len(special_tokens), "vocab": vocab}
@@ -117,11 +117,11 @@ def open_tokenizer(name):
     """O tokenizador de data/NOME, ou o de um GPT-2 publicado: gpt2, DONO/NOME ou uma pasta."""
     if Path(name, "meta.json").exists():
         return read_meta(Path(name))[1]
-    known = regex.fullmatch(r"gpt2(-\w+)?|[\w.-]+/[\w.-]+", name)
+    known = regex.fullmatch(r"gpt2(-\w+)?|[\w.-]+/[\w.-]+", name)  # (pasta/x não é DONO/NOME)
     if not Path(name).is_dir() and (not known or Path(name.split("/")[0]).is_dir()):
         raise SystemExit(f"Não achei {name}: use gpt2, gpt2-medium..., DONO/NOME ou uma pasta.")
     try:
-        if name.startswith("gpt2") and not Path(name).is_dir():  # o tiktoken já o conhece
+        if "/" not in name and not Path(name).is_dir():  # gpt2...: o tiktoken já o conhece
             theirs = tiktoken.get_encoding("gpt2")
             ranks = {theirs.decode_single_token_bytes(i): i for i in range(theirs.eot_token)}
             return make_tokenizer("gpt2", ranks, {END_OF_TEXT: theirs.eot_token})
@@ -129,20 +129,21 @@ def open_tokenizer(name):
         from transformers.convert_slow_tokenizer import bytes_to_unicode
 
         theirs = AutoTokenizer.from_pretrained(name)
-        byte = {letter: byte for byte, letter in bytes_to_unicode().items()}  # eles escrevem letras
+        byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}  # lá, "Ġ" é o 32
         special, vocab = theirs.get_added_vocab(), theirs.get_vocab()
         ordinary = sorted(vocab.keys() - special.keys(), key=vocab.get)
-        ranks = {bytes(map(byte.get, token)): vocab[token] for token in ordinary}
+        ranks = {bytes(map(byte_of.get, token)): vocab[token] for token in ordinary}
         special[END_OF_TEXT] = special.pop(theirs.eos_token)
         ours = make_tokenizer("gpt2", ranks, special)
-        text = " don't 12\n".join(token.decode(errors="ignore") for token in ranks)  # todos eles
-        ids = build_encoding(ours).encode_ordinary(text)
-        if ids != theirs.encode(text, add_special_tokens=False, verbose=False):
-            raise ValueError("não corta os textos como o do GPT-2")
+        text = " don't 12\n".join(token.decode(errors="ignore") for token in ranks)  # a prova
+        ids = theirs.encode(text, add_special_tokens=False, verbose=False)
+        if ours["vocab_size"] > 65_536 or build_encoding(ours).encode_ordinary(text) != ids:
+            raise ValueError("corta os textos de outro modo, ou tem tokens demais")
         return ours
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise SystemExit(f"Não consegui abrir o vocabulário {name}: "
-                         f"{' '.join(str(error).split())[:200]}. Há também --tokenizer bpe.")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise SystemExit(f"Não consegui abrir {name} como um vocabulário do GPT-2 ({reason}). "
+                         "Há também prepare.py --tokenizer bpe.")
 
 
 # o que se lê de uma pasta ou de um .zip: textos, e nada escondido (.nome, __MACOSX)
@@ -160,7 +161,7 @@ def find_files(inputs):
     for name in inputs:
         found = [download(name)] if "://" in str(name) else []
         # o Prompt do Windows não expande livros/*.txt
-        for path in map(Path, [name] if Path(name).exists() else sorted(glob.glob(name))):
+        for path in map(Path, [name] if Path(name).exists() else sorted(glob.glob(str(name)))):
             found += [path] if path.is_file() else sorted(
                 file for file in path.rglob("*")
                 if READABLE.fullmatch(file.relative_to(path).as_posix()) and file.is_file())
@@ -170,13 +171,13 @@ def find_files(inputs):
 
 
 def read_documents(inputs, options, max_mb):
-    """Gera os documentos, um por vez: nem o texto todo na memória, nem baixado sem precisar."""
+    """Gera os documentos, um por vez, sem guardar o texto todo nem baixar o que não vai usar."""
     for path in find_files(inputs):
         try:
             if path.suffix.lower() == ".zip":
                 archive = zipfile.ZipFile(path)
-                names = filter(READABLE.fullmatch, sorted(archive.namelist()))
-                files = ((f"{path}/{name}", archive.open(name)) for name in names)
+                files = ((f"{path}/{n}", archive.open(n)) for n in sorted(archive.namelist())
+                         if READABLE.fullmatch(n) and not n.lower().endswith((".zip", ".gz")))
             else:
                 opener = gzip.open if path.suffix.lower() == ".gz" else open
                 files = [(str(path), opener(path, "rb"))]
@@ -192,8 +193,8 @@ def read_documents(inputs, options, max_mb):
 
 
 def split_documents(name, file, options):
-    """Gera os documentos de um arquivo: num .jsonl, um por linha; num texto, cada um acaba em
-    <|endoftext|>. Os de mais de options.longest caracteres são cortados."""
+    """Gera os documentos de um arquivo: num .jsonl, um por linha; num texto, cada um acaba numa
+    linha terminada em <|endoftext|>. Os de mais de options.longest caracteres são cortados."""
     utf16 = file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff")  # o começo que o Windows põe
     lines, size, number = [], 0, 0
     try:
@@ -218,9 +219,9 @@ def split_documents(name, file, options):
 
 
 def cut(text, longest):
-    """Corta um texto em trechos de até uns `longest` caracteres, se dá, no fim de um parágrafo."""
-    part, last = f".{{{longest * 4 // 5},{longest}}}", f".{{1,{longest}}}"
-    return regex.findall(rf"(?s){last}\Z|{part}\n\n|{part}\n|{part}\. |{part} |{last}", text)
+    """Corta um texto em trechos de cerca de `longest` caracteres, se possível entre parágrafos."""
+    long, short = f".{{{longest * 4 // 5},{longest}}}", f".{{1,{longest}}}"
+    return regex.findall(rf"(?s){short}\Z|{long}\n\n|{long}\n|{long}\. |{long} |{short}", text)
 
 
 def content_hash(text):
@@ -247,8 +248,8 @@ def download(url):
         headers = {"Range": f"bytes={done}-", "Accept-Encoding": "identity"}
         try:
             with requests.get(url, headers=headers, stream=True, timeout=(10, 30)) as reply:
-                if reply.status_code == 416:  # o que temos não é o começo deste arquivo
-                    part.unlink()
+                if reply.status_code == 416:  # o .part não serve: já está inteiro, ou é de outro
+                    part.unlink(missing_ok=True)
                 reply.raise_for_status()
                 if "html" in reply.headers.get("Content-Type", ""):
                     raise SystemExit(f"{url} é uma página da web, e não um arquivo de texto.")
@@ -268,14 +269,14 @@ def download(url):
 
 
 def write_tokens(folder, documents, limit, encoding):
-    """Grava train.bin e val.bin, cada documento com o <|endoftext|> no fim; conta o que gravou."""
+    """Grava em val.bin os documentos de content_hash abaixo de limit, em train.bin os outros."""
     splits = {"train": Counter(), "val": Counter()}
     with whole_file(folder / "train.bin") as train, whole_file(folder / "val.bin") as val:
         while batch := list(islice(documents, 100)):
             for text, ids in zip(batch, encoding.encode_ordinary_batch(batch)):
                 part, file = ("val", val) if content_hash(text) < limit else ("train", train)
                 file.write(np.array([*ids, encoding.eot_token], dtype="<u2").tobytes())
-                splits[part].update(
+                splits[part].update(  # num Counter, soma
                     documents=1, characters=len(text), bytes=len(text.encode()),
                     tokens=len(ids) + 1, markers=text.count("|>"), nulls=text.count("\0"))
             show_progress(f"{splits['train']['bytes'] / 1e6:.0f} MB em tokens")
@@ -289,13 +290,13 @@ def read_meta(folder):
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         vocab = (folder / "vocab.tiktoken").read_text(encoding="utf-8")
-        tokenizer = meta["tokenizer"] | {"vocab": vocab}
-        build_encoding(tokenizer)
+        tokenizer = meta["tokenizer"] | {"vocab": vocab}  # meta.json o guarda sem o vocab
+        build_encoding(tokenizer)  # só para ver se está inteiro
         return meta, tokenizer
-    except (OSError, ValueError, TypeError, KeyError):
-        own = "--dataset" if folder.name in SOURCES else "--input TEXTO --name"
-        own = "" if folder.name == "contos" else f" {own} {folder.name}"
-        raise SystemExit(f"{folder} falta ou está danificado: rode `python prepare.py{own}`.")
+    except (OSError, ValueError, TypeError, KeyError, AssertionError):
+        flags = "--dataset" if folder.name in SOURCES else "--input TEXTO --name"
+        flags = "" if folder.name == "contos" else f" {flags} {folder.name}"
+        raise SystemExit(f"{folder} falta ou está danificado: rode `python prepare.py{flags}`.")
 
 
 @contextmanager
@@ -387,8 +388,7 @@ def main(arguments=None):
         parser.error("--vocab_size vai de 257 a 65536, e --val_fraction fica entre 0 e 1")
     if folder.parent != Path("data") or options.name.startswith("."):
         parser.error(f"--name {options.name!r} não serve: use um nome simples, sem barras")
-    if options.tokenizer != "bpe":
-        tokenizer = open_tokenizer(options.tokenizer)
+    tokenizer = None if options.tokenizer == "bpe" else open_tokenizer(options.tokenizer)
 
     # o vocabulário se aprende com o começo do texto, até 20 MB
     sample = list(read_documents(inputs, options, min(20, options.max_mb)))
@@ -400,7 +400,7 @@ def main(arguments=None):
         raise SystemExit(f"{inputs[0]}: {sum(map(len, sample))} caracteres são pouco texto.")
     # abaixo do limite é validação; num texto pequeno, nenhum lado fica vazio
     limit = min(max(int(options.val_fraction * 2**64), hashes[0] + 1), hashes[-1])
-    if options.tokenizer == "bpe":  # a validação não pode influir no vocabulário
+    if not tokenizer:  # a validação não pode influir no vocabulário
         words = (word for text in sample if content_hash(text) >= limit
                  for word in regex.findall(PATTERN, text) if len(word) < 100)
         ranks = train_bpe(Counter(words), options.vocab_size - 1)  # mais o <|endoftext|>
@@ -431,9 +431,9 @@ um exemplo       {"|".join(tokens[8:])}
     if total["markers"] or total["nulls"]:
         print(f"Atenção: há no texto {total['markers']} marcas <|...|> (viram letras) e "
               f"{total['nulls']} caracteres nulos (talvez --encoding utf-16).")
-    own = f" --dataset={options.name} --out_dir=out/{options.name}"
+    flags = f" --dataset={options.name} --out_dir=out/{options.name}"
     print(f"Pronto: {folder}/ tem train.bin, val.bin, vocab.tiktoken e meta.json. Agora treine:\n"
-          f"    python train.py config/tiny.py{'' if options.name == 'contos' else own}")
+          f"    python train.py config/tiny.py{'' if options.name == 'contos' else flags}")
 
 
 if __name__ == "__main__":

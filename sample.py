@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 
 def load_model(name):
-    """Lê um .pt, uma pasta ou um modelo publicado: devolve o modelo e o tokenizador, descrito."""
+    """Lê um .pt, uma pasta ou um modelo publicado: devolve o modelo e o dict do tokenizador."""
     if str(name).endswith(".pt"):
         checkpoint = read_checkpoint(name)
         model, tokenizer = checkpoint["model"], checkpoint["tokenizer"]
@@ -64,7 +64,7 @@ def sampling_dtype(model, device, name="auto"):
 
 
 def write(model, encoding, options, device):
-    """Continua options.start, tantas vezes quantas options.num_samples: os textos vão a stdout."""
+    """Continua options.start, options.num_samples vezes; os textos vão para stdout."""
     start = normalize(options.start).removeprefix(END_OF_TEXT)
     # no treino, o <|endoftext|> fecha um documento; logo depois dele começa outro
     ids = [encoding.eot_token, *encoding.encode_ordinary(start)]
@@ -76,7 +76,7 @@ def write(model, encoding, options, device):
     # guarda o começo dela até que o resto chegue
     decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in range(len(idx))]
     texts, count, began = [start] * len(idx), 0, time.perf_counter()
-    print(start if len(idx) == 1 else "", end="", flush=True)
+    print(start if len(idx) == 1 else "", end="", flush=True)  # um só aparece enquanto se escreve
     for column in columns:  # (B,): um token de cada texto; os que já acabaram repetem o do fim
         for i, token in enumerate(column.tolist()):
             if token != encoding.eot_token:
@@ -92,23 +92,23 @@ def split_words(sentence, tokenizer):
     """Separa uma frase em [(palavra, tokens dela), ...] e dá o índice da escolhida: a que vem entre
     sublinhados (_ela_) ou a última. Começa pelo <|endoftext|>, como os textos do treino."""
     before, *rest = regex.split(r"( ?)(?<!\w)_([^_]+)_(?!\w)", normalize(sentence))
-    marked, after = ["".join(rest[:2])] if rest else [], "".join(rest[2:3])
+    marked, after = ["".join(rest[:2])] if rest else [], "".join(rest[2:3])  # [" ", "ela", resto]
     if len(rest) > 3 or regex.search(r"(?<!\w)_|_(?!\w)", before + after):
         raise SystemExit("Marque uma palavra só, entre dois sublinhados, como _ela_.")
     # as fusões do BPE não atravessam palavras: cada uma por si dá os mesmos tokens que a frase
     first, last = (regex.findall(tokenizer["pattern"], part) for part in (before, after))
     pieces, encoding = first + marked + last, build_encoding(tokenizer)
-    asked = [i for i, piece in enumerate(pieces, 1) if regex.search(r"[\p{L}\p{N}]", piece)]
-    if not marked and not asked:
+    choices = [i for i, piece in enumerate(pieces, 1) if regex.search(r"[\p{L}\p{N}]", piece)]
+    if not marked and not choices:
         raise SystemExit("--attention pede uma frase, com ao menos uma palavra.")
     words = [(regex.sub(r"\p{C}", "␣", piece.strip()) or "␣", encoding.encode_ordinary(piece))
              for piece in pieces]
-    return [("(começo)", [encoding.eot_token]), *words], len(first) + 1 if marked else asked[-1]
+    return [("(começo)", [encoding.eot_token]), *words], len(first) + 1 if marked else choices[-1]
 
 
 @torch.inference_mode()
 def word_attention(model, words):
-    """Quanto cada palavra (linha) olha para cada uma (coluna): (L, nh, W, W), em L camadas.
+    """Quanto cada palavra (linha) olha para cada uma (coluna): (L, nh, W, W), de W palavras.
 
     De uma palavra de vários tokens, somam-se as parcelas que eles recebem e tira-se a média das que
     eles dão (Clark et al. 2019, "What Does BERT Look At?", seção 4): cada linha soma 1.
@@ -143,7 +143,7 @@ def show_attention(options, model, tokenizer):
         bar = "█" * round(30 * (mean[i] / mean.max()).item())
         note = f" a que mais olha: {names[best]}, {rows[best, i]:.0%}" if len(names) > 1 else ""
         print(f"{words[i][0]:>{width}} {mean[i]:6.1%} {bar:<30}{note}".rstrip())
-    print("\nÉ para onde este modelo olha, e não o certo. O que ele não acha vai para o começo.")
+    print("\nÉ para onde o modelo olha, e não o certo. Se nada lhe serve, ele olha para o começo.")
     if options.image:
         with whole_file(Path(options.image)) as file:
             file.write(draw_attention(shares, [html.escape(word) for word, _ in words]).encode())
@@ -198,7 +198,7 @@ def export(folder, model, tokenizer):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Escreve com um modelo.", allow_abbrev=False)
-    add, one = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    add, either = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     add("--start", default="", help="o começo do texto, ou FILE:arquivo.txt")
     add("--num_samples", type=int, default=1, help="quantos textos escrever [1]")
     add("--max_new_tokens", type=int, default=500, help="quantos tokens, no máximo, cada um [500]")
@@ -207,11 +207,11 @@ def main(arguments=None):
     add("--seed", type=int, default=1337, help="a mesma semente dá o mesmo texto [1337]")
     add("--out_dir", help="a pasta do treino; sem isto, o mais recente em out/")
     add("--init_from", help="em vez dele, um .pt, ou do Hugging Face: gpt2, DONO/NOME, uma pasta")
-    one("--attention", help="para onde olha, nesta frase, a palavra entre sublinhados (_ela_)")
+    either("--attention", help="para onde olha, nesta frase, a palavra entre sublinhados (_ela_)")
     add("--layer", type=int, help="com --attention: só esta camada, de 1 em diante")
     add("--head", type=int, help="com --attention: só esta cabeça, de 1 em diante")
     add("--image", help="com --attention: um mapa de calor por cabeça, neste arquivo .svg")
-    one("--export", help="só grava o modelo, nesta pasta nova, no formato do Hugging Face")
+    either("--export", help="só grava o modelo, nesta pasta nova, no formato do Hugging Face")
     add("--device", default="auto", help="auto, cuda, mps ou cpu [auto]")
     add("--dtype", default="auto", help="auto, float32, bfloat16 ou float16 [auto]")
     options = parse_arguments(parser, arguments)

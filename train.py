@@ -72,17 +72,17 @@ def read_options(arguments):
     parser.convert_arg_line_to_args = read_config_line
     source = inspect.getsource(GPTConfig) + inspect.getsource(Config)
     meanings = dict(re.findall(r"(\w+): .*?  # (.*)", source))
-    options = [field for field in fields(Config) if field.name != "vocab_size"]  # (é a dos dados)
-    for field in options:
-        parser.add_argument(
-            f"--{field.name}", type=ast.literal_eval if field.type is bool else field.type,
-            default=field.default, help=f"{meanings[field.name]} [%(default)s]")
+    options = [f for f in fields(Config) if f.name != "vocab_size"]  # (é a dos dados)
+    for f in options:
+        kind = (lambda x: {"True": True, "False": False}.get(x, x)) if f.type is bool else f.type
+        parser.add_argument(f"--{f.name}", type=kind, default=f.default,
+                            help=f"{meanings[f.name]} [%(default)s]")
     path = "" if not arguments or arguments[0].startswith("-") else arguments[0]
     arguments = [f"@{path}", *arguments[1:]] if path else arguments
     config = Config(**vars(parse_arguments(parser, arguments)))
     config.out_dir = config.out_dir or f"out/{Path(path).stem or 'gpt2'}"
     for name, kind, value in ((f.name, f.type, getattr(config, f.name)) for f in options):
-        least = kind is int and name not in ("warmup_iters", "seed")  # 1, ou 0
+        least = 1 if kind is int and name not in ("warmup_iters", "seed") else 0
         most = 1 if name in ("dropout", "beta1", "beta2") else 2**32
         if type(value) is not kind or kind in (int, float) and not least <= value < most or (
                 name == "optimizer" and value not in ("adamw", "muon")):
@@ -97,8 +97,8 @@ def read_options(arguments):
 def read_config_line(line):
     """read_config_line("n_layer = 4  # blocos") -> ["--n_layer=4"]: é lida, e não executada."""
     try:
-        return [f"--{target.id}={ast.literal_eval(line.value)}"
-                for line in ast.parse(line.strip("\ufeff ")).body for target in line.targets]
+        return [f"--{target.id}={ast.literal_eval(node.value)}"
+                for node in ast.parse(line.strip("\ufeff ")).body for target in node.targets]
     except (SyntaxError, AttributeError, ValueError):
         raise SystemExit(f"Na configuração só cabem linhas como `n_layer = 4`, e não {line!r}.")
 
@@ -120,7 +120,7 @@ class Tokens:
     def window(self, place):
         """Onde começa a janela que tem um lugar do texto: no <|endoftext|> antes do documento (o do
         primeiro é o fim do arquivo, -1), ou daí adiante, de block_size em block_size."""
-        first = max(0, place - 2**16)  # não mais longe: prepare.py corta os documentos longos
+        first = max(0, place - 2**16)  # basta: prepare.py corta os documentos em 2**16 caracteres
         ends = np.flatnonzero(self.tokens[first : place + 1] == self.end)
         document = first + int(ends[-1]) if len(ends) else first - 1
         return document + (place - document) // self.block_size * self.block_size
@@ -135,10 +135,10 @@ class Tokens:
         """O batch de número `number`: x e y, ambos (B, T). Só depende da semente e do número."""
         sequences = range(number * batch_size, (number + 1) * batch_size)
         places = [self.places(s // self.count)[s % self.count] for s in sequences]
-        return self.read([self.window(int(place) % len(self.tokens)) for place in places])
+        return self.read([self.window(int(place)) for place in places])
 
     def fixed_batches(self, batch_size, most):
-        """Os batches da avaliação, em que cada token conta uma vez; de um texto grande, `most`."""
+        """Os batches da avaliação: cada token conta uma vez; num texto grande, `most` batches."""
         starts, counts, place, size = [], [], -1, len(self.tokens)
         skip = max(0, size // (most * batch_size) - self.block_size)  # espalhados pelo texto
         while place < size - 1 and len(starts) < most * batch_size:
@@ -185,7 +185,7 @@ NEWTON_SCHULZ = ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613
 
 
 def orthogonalize(matrix):
-    """A matriz com os valores singulares perto de 1: um polinômio ímpar dela é o mesmo neles."""
+    """Leva os valores singulares a perto de 1: um polinômio ímpar da matriz age em cada um."""
     tall = matrix.size(0) > matrix.size(1)
     x = (matrix.T if tall else matrix) / (matrix.norm() + 1e-7)  # deitada, x @ x.T é menor
     for a, b, c in NEWTON_SCHULZ:
@@ -222,9 +222,9 @@ def train_step(step, loss_of, data, optimizers, scaler, config, rank, world_size
     """Soma os gradientes de alguns batches e corrige os pesos; devolve a loss deste processo."""
     accumulation, total = config.gradient_accumulation_steps, 0.0
     for micro in range(rank, accumulation, world_size):  # os processos repartem os batches
-        number = step * accumulation + micro
+        number, sync = step * accumulation + micro, micro >= accumulation - world_size
         torch.manual_seed(config.seed * 1_000_003 + number)  # o sorteio do dropout
-        loss = loss_of(*data.batch(number, config.batch_size), micro >= accumulation - world_size)
+        loss = loss_of(*data.batch(number, config.batch_size), sync)
         # dividir faz da soma dos gradientes a média: o mesmo que um só batch grande
         loss = loss * world_size / accumulation  # (entre os processos, quem tira a média é o DDP)
         scaler.scale(loss).backward()
@@ -267,7 +267,7 @@ def evaluate(model, loss_of, encoding, config, *datasets):
 
 
 def starting_point(config, tokenizer, identity):
-    """De onde partir: (pesos ou None, last.pt ou {}); last.pt só serve com a mesma identity."""
+    """De onde partir: (pesos ou None, last.pt ou {}). identity: o que não muda ao continuar."""
     path, start = Path(config.out_dir, "last.pt"), config.init_from
     if path.exists():
         last = read_checkpoint(path, "identity", "config", "step", "seconds", "log", "optimizers")
@@ -283,12 +283,12 @@ def starting_point(config, tokenizer, identity):
         return None, {}
     if open_tokenizer(start)["vocab"] != tokenizer["vocab"]:
         raise SystemExit(f"{start} tem outro vocabulário: prepare com --tokenizer {start}.")
-    model = from_pretrained(start)
-    for name in ("n_layer", "n_head", "n_embd", "bias"):
-        if (value := getattr(model.config, name)) != getattr(config, name):
+    gpt = from_pretrained(start)
+    for name in ("n_layer", "n_head", "n_embd", "bias", "block_size"):
+        value, ours = getattr(gpt.config, name), getattr(config, name)
+        if value < ours or value != ours and name != "block_size":  # (a janela pode ser menor)
             raise SystemExit(f"{start} tem outro formato: use --{name}={value}")
-    weights = model.state_dict()  # a janela pode ser mais curta: sobram posições
-    return weights | {"wpe.weight": weights["wpe.weight"][: config.block_size].clone()}, {}
+    return gpt.state_dict() | {"wpe.weight": gpt.wpe.weight.data[: config.block_size].clone()}, {}
 
 
 def train(config):
@@ -305,17 +305,17 @@ def train(config):
     if rank:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # só o processo 0 escreve
     dtype = choose_dtype(device, config.dtype)
-    config.dtype = str(dtype)[6:]  # a escolhida: se mudar, starting_point avisa
+    config.dtype = str(dtype).removeprefix("torch.")  # a escolhida: se mudar, starting_point avisa
     out, data = Path(config.out_dir), Path("data", config.dataset)
     meta, tokenizer = read_meta(data)
     encoding, splits = build_encoding(tokenizer), meta["splits"]
-    config.vocab_size = classes = encoding.n_vocab
+    config.vocab_size = V = encoding.n_vocab
     train_data, val_data = (Tokens(data / f"{part}.bin", splits[part], encoding.eot_token,
                                    config.block_size, config.seed) for part in ("train", "val"))
     per_step = config.batch_size * config.gradient_accumulation_steps * config.block_size
     shape = {field.name: getattr(config, field.name) for field in fields(GPTConfig)}
     identity = shape | {"dropout": 0, "optimizer": config.optimizer, "seed": config.seed,
-                        "tokens por passo": per_step, "texto": splits,
+                        "tokens por passo": per_step, "texto": splits,  # (o dropout pode mudar)
                         "vocabulário": content_hash(tokenizer["vocab"])}
     weights, last = starting_point(config, tokenizer, identity)
     torch.manual_seed(config.seed)  # para o sorteio dos pesos iniciais
@@ -332,15 +332,14 @@ def train(config):
     began = time.perf_counter() - last.get("seconds", 0)
     epochs = config.max_iters * per_step / splits["train"]["tokens"]
     print(f"máquina  {world_size} × {device.type}, contas em {config.dtype}\n"
-          f"modelo   {model.num_params()} parâmetros; quem chuta tem loss {math.log(classes):.2f}\n"
+          f"modelo   {model.num_params()} parâmetros; quem chuta tem loss {math.log(V):.2f}\n"
           f"ao todo  {config.max_iters} passos de {per_step} tokens, {epochs:.1f} voltas no texto"
           + (f"\nContinuo {out}/last.pt do passo {step}." if last else ""))
-
     parallel = model  # o que treina: o modelo, compilado e repartido se é o caso
 
-    def loss_of(x, y, last=True):
+    def loss_of(x, y, sync=True):
         module = parallel if model.training else model
-        module.require_backward_grad_sync = last  # os processos somam os gradientes uma vez só
+        module.require_backward_grad_sync = sync  # os processos somam os gradientes uma vez só
         # as contas pesadas vão em dtype; os pesos e o que precisa de exatidão, em float32
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return module(x.to(device), y.to(device))[1]
@@ -367,15 +366,16 @@ def train(config):
         import fcntl  # (o Windows não tem)
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / ".lock", "a")
-        fcntl.flock(lock, fcntl.LOCK_UN if rank else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_UN if rank else fcntl.LOCK_EX | fcntl.LOCK_NB)  # o 0 tranca
     except BlockingIOError:
         raise SystemExit(f"Outro treino está usando {out}: espere, ou use outra --out_dir.")
     except (ImportError, OSError):
         pass
-    stop = torch.zeros(1, device=device)  # um pedido para parar: o passo em curso termina
+    asked = torch.zeros(1, device=device)  # um pedido para parar: o passo em curso termina
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: stop.fill_(number))
+        signal.signal(number, lambda number, frame: asked.fill_(number))
     while True:
+        stop = asked.clone()  # um pedido que chega durante a conta abaixo fica para o outro passo
         if world_size > 1:  # basta um processo receber o pedido
             distributed.all_reduce(stop, distributed.ReduceOp.MAX)
         ending, known = bool(stop) or step >= config.max_iters, step in [row[0] for row in log]
@@ -386,7 +386,7 @@ def train(config):
             bits = losses[1] / math.log(2) * splits["val"]["tokens"] / splits["val"]["bytes"]
             print(f"passo {step} | {seconds / 60:.1f} min | treino {losses[0]:.3f} | validação "
                   f"{losses[1]:.3f} | {bits:.3f} bits por byte\n    {text}", flush=True)
-            log.append([step, step * per_step, seconds, rate, *losses, bits])
+            log.append([step, step * per_step, seconds, rate, *losses, bits])  # [5]: validação
             if rank == 0:
                 with whole_file(out / "log.csv") as file:
                     file.write(b"step,tokens,seconds,lr_factor,train_loss,val_loss,val_bpb\n")
@@ -416,7 +416,7 @@ def train(config):
     if stop:
         print(f"\nParei no passo {step}, guardado em {out}/last.pt. A mesma linha continua daqui.")
         sys.exit(128 + int(stop))
-    low, *_, high = sorted(row[5] for row in [log[0], *log])
+    low, high = (extreme(row[5] for row in log) for extreme in (min, max))
     curve = "".join("▁▂▃▄▅▆▇█"[round(7 * (row[5] - low) / (high - low or 1))] for row in log)
     print(f"\nO treino terminou, com {step} passos; a loss de validação: {curve}\n"
           "Veja o que o modelo escreve (ou treine mais, com um max_iters maior):\n"

@@ -11,10 +11,13 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import prepare  # noqa: E402
+
+torch.set_num_threads(1)  # como nos treinos noutro processo: assim os bits são os mesmos
 
 # um modelo de brinquedo, que treina em milissegundos
 TOY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4",

@@ -123,7 +123,10 @@ def test_fine_tuning(workdir):
     run_main("prepare.py", "--input=t.txt", "--name=contos", "--tokenizer=m", cwd=workdir)
     options += ["--n_embd=36", "--n_layer=3"]
     assert_short_error(run_main("train.py", *options, cwd=workdir, check=False), "--n_head=3")
-    run_main("train.py", *options, "--n_head=3", cwd=workdir)
+    options += ["--n_head=3"]
+    result = run_main("train.py", *options, "--block_size=99", cwd=workdir, check=False)
+    assert_short_error(result, "--block_size=")
+    run_main("train.py", *options, cwd=workdir)
     tuned, _ = sample.load_model("out/f/best.pt")
     assert tuned.config.block_size == 16
     same_logits(tuned, theirs)
@@ -169,13 +172,13 @@ def reverse_ids(contents):
     (edit("config.json", lambda c: c.update(model_type="gpt_neo")), "model_type = 'gpt_neo'"),
     (edit("config.json", lambda c: c.update(activation_function="relu")), "function = 'relu'"),
     (edit("config.json", lambda c: c.update(n_layer=4)), "h.3"),  # faltam pesos
-    (edit("tokenizer.json", lambda c: c.update(pre_tokenizer=None)), "não corta"),
-    (edit("tokenizer.json", reverse_ids), "não corta"), (LlamaConfig().save_pretrained, ""),
-    (lambda folder: (folder / "tokenizer.json").write_text("{}"), "vocabulário"),
+    (edit("tokenizer.json", lambda c: c.update(pre_tokenizer=None)), "outro modo"),
+    (edit("tokenizer.json", reverse_ids), "outro modo"), (LlamaConfig().save_pretrained, "llama"),
+    (lambda folder: (folder / "tokenizer.json").write_text("{}"), "um vocabulário"),
     (lambda folder: (folder / "model.safetensors").write_bytes(b"cortado"), ""),
     (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors")])
 def test_another_recipe_or_a_damaged_folder_is_refused(damage, word, tmp_path):
     make_pretrained(tmp_path / "m")
     damage(tmp_path / "m")
     result = run_main("sample.py", "--init_from=m", cwd=tmp_path, check=False)
-    assert_short_error(result, " m: ", word)
+    assert_short_error(result, "abrir m", word)

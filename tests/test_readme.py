@@ -1,14 +1,13 @@
 """README.md: os comandos que ele dá existem e, os rápidos, mostram o que ele diz."""
 
-import os
+import io
 import re
 import shlex
 import shutil
-import subprocess
-import sys
+from contextlib import redirect_stdout
 
 import pytest
-from conftest import ROOT, run_main
+from conftest import ROOT, chdir, run_main
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 # (marcado como testado?, os comandos, a saída que o README mostra)
@@ -31,11 +30,14 @@ def test_tested_commands_print_what_the_readme_shows(clone):
     assert len(tested) >= 6
     for commands, output in tested:
         (command,) = commands.splitlines()
-        program, *arguments = shlex.split(command)
+        program, script, *arguments = shlex.split(command)
         assert program == "python"
-        printed = subprocess.run(
-            [sys.executable, *arguments], cwd=clone, capture_output=True, encoding="utf-8", check=True,
-            env=os.environ | {"PYTHONIOENCODING": "utf-8"}).stdout
+        if script == "-c":
+            with chdir(clone), redirect_stdout(io.StringIO()) as stdout:
+                exec(arguments[0], {})
+            printed = stdout.getvalue()
+        else:
+            printed = run_main(script, *arguments, cwd=clone).stdout
         # sem saída ao lado, é a resposta de um exercício, mais adiante
         assert printed == output or not output and f"`{printed.strip()}`" in TEXT, command
 

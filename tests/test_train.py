@@ -7,6 +7,7 @@ import pty
 import re
 import subprocess
 import sys
+import timeit
 from pathlib import Path
 
 import numpy as np
@@ -229,10 +230,11 @@ def test_float16_skips_both_optimizers_when_the_gradient_overflows(workdir, monk
     assert after["scaler"]["scale"] == before["scaler"]["scale"] / 2
 
 
-def test_the_precision_may_change_between_two_runs(workdir):
+def test_the_precision_may_change_between_two_runs(workdir, monkeypatch):
+    monkeypatch.setattr(timeit, "repeat", lambda *args, **options: [0.0])  # bfloat16 não ganha
     run_toy(workdir, "--dtype=auto", "--max_iters=2")
     chosen = read(workdir / "out/t/last.pt")["config"]["dtype"]
-    assert chosen == str(choose_dtype(torch.device("cpu")))[6:]
+    assert chosen == "float32"
     for step, dtype in ((4, "float16"), (6, "float32"), (8, "float16")):
         output = run_toy(workdir, f"--dtype={dtype}", f"--max_iters={step}").stdout
         assert f"para '{dtype}'" in output
@@ -253,7 +255,7 @@ def test_config_file_then_command_line(tmp_path):
     ("n_layer = 2\nn_layr = 3\n", ["--n_layr=3", "Seria --n_layer?"]),
     ("n_layer = 'três'\n", ["--n_layer", "'três' não é do tipo int"]),
     ("n_layer = 2.0\n", ["--n_layer", "int"]), ("n_layer = True\n", ["--n_layer", "int"]),
-    ("compile = 1\n", ["compile = 1"]), ("n_layer = 3\nimport os\n", ["import os", "n_layer = 4"]),
+    ("compile = 1\n", ["compile = '1'"]), ("n_layer = 3\nimport os\n", ["import os", "n_layer = 4"]),
     ("n_layer = __import__('os').system('touch invadido')\n", ["só cabem linhas"]),
     ("n_layer, n_head = 3, 4\n", ["só cabem linhas"]), ("n_layer == \n", ["só cabem linhas"]),
     ("n_head = 3\nn_embd = 16\n", ["n_embd = 16", "n_head = 3"]), ("n_layer = 0\n", ["n_layer = 0"]),
@@ -269,7 +271,7 @@ def test_bad_config_file(content, words, workdir):
 
 @pytest.mark.parametrize("argument, words", [
     ("--batchsize=3", ["--batchsize", "Seria --batch_size?"]), ("--bias", ["--bias", "falta o valor"]),
-    ("--batch_size=dois", ["--batch_size", "'dois'", "int"]), ("--bias=sim", ["--bias", "'sim'"]),
+    ("--batch_size=dois", ["--batch_size", "'dois'", "int"]), ("--bias=sim", ["bias", "'sim'"]), ("--bias=", ["bias"]),
     ("config/nada.py", ["config/nada.py"])])
 def test_bad_command_line(argument, words, workdir):
     assert_short_error(run_main("train.py", argument, cwd=workdir, check=False), *words)

@@ -85,7 +85,7 @@ def test_a_checkpoint_of_an_earlier_version(workdir):
     assert "passo 0 " in run_toy(workdir, "--max_iters=2").stdout
 
 
-LONG = ["--max_iters=120", "--eval_interval=40", "--save_interval=15", "--dropout=0.1"]
+LONG = ["--max_iters=90", "--eval_interval=40", "--save_interval=15", "--dropout=0.1"]
 
 
 @pytest.mark.parametrize("options, number, code", [
@@ -99,16 +99,16 @@ def test_asked_to_stop_it_saves_and_continues_exactly(workdir, options, number, 
     assert result == code
     assert re.search(r"Parei no passo \d+, guardado em out/t/last.pt. A mesma linha continua", output)
     stopped = read("out/t/last.pt")["step"]
-    assert 10 <= stopped < 120
-    result, output = finish(start(workdir, *LONG, *options))
-    assert result == 0 and f"Continuo out/t/last.pt do passo {stopped}." in output
-    finish(start(workdir, *LONG, *options, out="out/direto"))
+    assert 10 <= stopped < 90
+    output = run_toy(workdir, *LONG, *options).stdout
+    assert f"Continuo out/t/last.pt do passo {stopped}." in output
+    run_toy(workdir, *LONG, *options, out="out/direto")
     compare_runs("out/t", "out/direto")
 
 
-def test_killed_five_times_it_loses_little_and_ends_the_same(workdir):
+def test_killed_three_times_it_loses_little_and_ends_the_same(workdir):
     moments, saved = random.Random(0), 0
-    for _ in range(5):
+    for _ in range(3):
         process = start(workdir, *LONG)
         text = wait_for_step(process, saved + 1 + moments.randrange(18))
         time.sleep(moments.random() * 0.03)
@@ -117,9 +117,8 @@ def test_killed_five_times_it_loses_little_and_ends_the_same(workdir):
         reached = int(re.findall(r"passo (\d+)/", text + process.stdout.read())[-1])
         saved = read("out/t/last.pt")["step"]
         assert reached - saved <= 15
-    result, output = finish(start(workdir, *LONG))
-    assert result == 0 and f"do passo {saved}" in output
-    finish(start(workdir, *LONG, out="out/direto"))
+    assert f"do passo {saved}" in run_toy(workdir, *LONG).stdout
+    run_toy(workdir, *LONG, out="out/direto")
     compare_runs("out/t", "out/direto")
     assert {file.name for file in (workdir / "out/t").iterdir()} == {
         "last.pt", "best.pt", "log.csv", ".lock"}
@@ -128,8 +127,7 @@ def test_killed_five_times_it_loses_little_and_ends_the_same(workdir):
 def test_two_runs_in_the_same_folder(workdir):
     first = start(workdir, "--max_iters=100000")
     wait_for_step(first, 3)
-    result, output = finish(start(workdir, "--max_iters=100000"))
-    assert result == 1 and "Outro treino está usando out/t" in output
+    assert_short_error(run_toy(workdir, check=False), "Outro treino está usando out/t")
     first.kill()
     first.wait()
     run_toy(workdir, "--max_iters=1")
@@ -192,6 +190,7 @@ def test_cut_anywhere_or_one_flipped_bit(workdir):
     ("train.bin", lambda data: b"", "0 bytes"), ("train.bin", lambda data: data[:-1], "tokens"),
     ("train.bin", lambda data: data + data, "tokens"), ("val.bin", None, "0 bytes"),
     ("meta.json", lambda data: b"", "prepare.py"), ("vocab.tiktoken", lambda data: data[:99], "prepare.py"),
+    ("vocab.tiktoken", lambda data: data[: data.index(b"\n") + 1], "prepare.py"),
     ("vocab.tiktoken", None, "prepare.py"), ("meta.json", lambda data: data[: len(data) // 2], "prepare.py")])
 def test_damaged_data(workdir, name, change, word):
     path = workdir / "data/contos" / name
@@ -209,7 +208,7 @@ def test_damaged_data(workdir, name, change, word):
 TWO = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
-def test_two_processes_train_as_one(workdir):
+def test_two_processes_train_as_one(workdir, monkeypatch):
     options = ["--max_iters=12", "--eval_interval=4", "--gradient_accumulation_steps=4", "--dropout=0.1",
                "--grad_clip=0", "--optimizer=muon", "--eval_iters=9"]
     result, output = finish(start(workdir, *options, out="out/dois", command=TWO))
@@ -224,8 +223,9 @@ def test_two_processes_train_as_one(workdir):
     # a média dos gradientes mostra a escala deles, que Muon e AdamW não deixam ver nos pesos
     for a, b in zip(one["optimizers"][0].values(), two["optimizers"][0].values()):
         assert torch.allclose(a["momentum"], b["momentum"], rtol=0.05, atol=1e-4)
-    result, output = finish(start(workdir, "--gradient_accumulation_steps=3", command=TWO))
-    assert result == 1 and "não se reparte por 2 processos" in output
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = run_toy(workdir, "--gradient_accumulation_steps=3", check=False)
+    assert_short_error(result, "não se reparte por 2 processos")
 
 
 def test_torchrun_asked_to_stop_saves(workdir):
