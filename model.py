@@ -267,7 +267,7 @@ def choose_dtype(device, name="auto"):
         # há processadores que têm as instruções e não ganham com elas: uma corrida decide
         matrices = [torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
         time32, time16 = (min(timeit.repeat(lambda: m @ m, number=1, repeat=10)) for m in matrices)
-        if time32 > 1.5 * time16:
+        if time32 > 1.2 * time16:
             return torch.bfloat16  # metade dos bytes, e o mesmo alcance do float32
     return torch.float32
 

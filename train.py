@@ -67,9 +67,7 @@ class Config(GPTConfig):
 def read_options(arguments):
     """Lê o arquivo de configuração e, por cima dele, a linha de comando; devolve um Config."""
     parser = argparse.ArgumentParser(
-        usage="python train.py [config/ARQUIVO.py] [--nome=valor ...]", allow_abbrev=False,
-        fromfile_prefix_chars="@")  # @ARQUIVO: cada linha dele vale como opções
-    parser.convert_arg_line_to_args = read_config_line
+        usage="python train.py [config/ARQUIVO.py] [--nome=valor ...]", allow_abbrev=False)
     source = inspect.getsource(GPTConfig) + inspect.getsource(Config)
     meanings = dict(re.findall(r"(\w+): .*?  # (.*)", source))
     options = [f for f in fields(Config) if f.name != "vocab_size"]  # (é a dos dados)
@@ -78,7 +76,9 @@ def read_options(arguments):
         parser.add_argument(f"--{f.name}", type=kind, default=f.default,
                             help=f"{meanings[f.name]} [%(default)s]")
     path = "" if not arguments or arguments[0].startswith("-") else arguments[0]
-    arguments = [f"@{path}", *arguments[1:]] if path else arguments
+    if path:  # as linhas do arquivo vêm antes: vale a opção que vem por último
+        lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").splitlines()
+        arguments = sum(map(read_config_line, lines), []) + arguments[1:]
     config = Config(**vars(parse_arguments(parser, arguments)))
     config.out_dir = config.out_dir or f"out/{Path(path).stem or 'gpt2'}"
     for name, kind, value in ((f.name, f.type, getattr(config, f.name)) for f in options):
@@ -98,7 +98,7 @@ def read_config_line(line):
     """read_config_line("n_layer = 4  # blocos") -> ["--n_layer=4"]: é lida, e não executada."""
     try:
         return [f"--{target.id}={ast.literal_eval(node.value)}"
-                for node in ast.parse(line.strip("\ufeff ")).body for target in node.targets]
+                for node in ast.parse(line.strip()).body for target in node.targets]
     except (SyntaxError, AttributeError, ValueError):
         raise SystemExit(f"Na configuração só cabem linhas como `n_layer = 4`, e não {line!r}.")
 

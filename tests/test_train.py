@@ -248,6 +248,8 @@ def test_config_file_then_command_line(tmp_path):
     assert (config.bias, config.compile, config.dataset) == (False, False, "a b")
     assert config.out_dir == "out/meu"
     assert read_options([str(path), "--out_dir=out/x"]).out_dir == "out/x"
+    path.write_bytes("n_layer = 3  # três, no Windows antigo\n".encode("cp1252"))
+    assert read_options([str(path)]).n_layer == 3
     assert read_options([]).out_dir == "out/gpt2"
 
 
