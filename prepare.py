@@ -28,7 +28,6 @@ from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 import regex
@@ -117,7 +116,8 @@ def open_tokenizer(name):
     """O tokenizador de data/NOME, ou o de um GPT-2 publicado: gpt2, DONO/NOME ou uma pasta."""
     if Path(name, "meta.json").exists():
         return read_meta(Path(name))[1]
-    known = regex.fullmatch(r"gpt2(-\w+)?|[\w.-]+/[\w.-]+", name)  # (pasta/x não é DONO/NOME)
+    # um caminho nosso que não existe (data/x, pasta/a.bin) não é DONO/NOME
+    known = regex.fullmatch(r"gpt2(-\w+)?|(?!data/|out/)[\w.-]+/[\w.-]+(?<!\.bin|\.pt)", name)
     if not Path(name).is_dir() and (not known or Path(name.split("/")[0]).is_dir()):
         raise SystemExit(f"Não achei {name}: use gpt2, gpt2-medium..., DONO/NOME ou uma pasta.")
     try:
@@ -166,7 +166,8 @@ def find_files(inputs):
                 file for file in path.rglob("*")
                 if READABLE.fullmatch(file.relative_to(path).as_posix()) and file.is_file())
         if not found:
-            raise SystemExit(f"Não achei {name}: nem arquivo, nem pasta com .txt, .md ou .jsonl.")
+            raise SystemExit(f"Não achei {name}: nem arquivo, nem pasta com .txt, .md ou .jsonl. "
+                             "Um endereço da web começa com https://.")
         yield from found
 
 
@@ -200,8 +201,8 @@ def split_documents(name, file, options):
     try:
         for number, line in enumerate(
                 io.TextIOWrapper(file, "utf-16" if utf16 else options.encoding), 1):
-            if regex.search(r"\.jsonl?(\.gz)?$", name.lower()) and line.strip():
-                line = json.loads(line)[options.text_field] + END_OF_TEXT
+            if regex.search(r"\.jsonl?(\.gz)?$", name.lower()):
+                line = json.loads(line)[options.text_field] + END_OF_TEXT if line.strip() else ""
             ends = line.rstrip().endswith(END_OF_TEXT)
             lines.append(line.rstrip().removesuffix(END_OF_TEXT) if ends else line)
             size += len(line)
@@ -238,7 +239,7 @@ SOURCES = {  # as coleções que se podem baixar: os endereços e a codificaçã
 
 def download(url):
     """Baixa um arquivo, uma vez só, e devolve onde ficou; o que parou no meio continua."""
-    name = f"{content_hash(url):016x}-{Path(urlsplit(url).path).name[-60:]}"
+    name = f"{content_hash(url):016x}-{Path(regex.sub('[?#].*', '', url)).name[-60:]}"
     path, part = (Path("data", ".cache", name + suffix) for suffix in ("", ".part"))
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():  # só tem este nome quando está inteiro
@@ -278,7 +279,7 @@ def write_tokens(folder, documents, limit, encoding):
                 file.write(np.array([*ids, encoding.eot_token], dtype="<u2").tobytes())
                 splits[part].update(  # num Counter, soma
                     documents=1, characters=len(text), bytes=len(text.encode()),
-                    tokens=len(ids) + 1, markers=text.count("|>"), nulls=text.count("\0"))
+                    tokens=len(ids) + 1, markers=text.count("<|"), nulls=text.count("\0"))
             show_progress(f"{splits['train']['bytes'] / 1e6:.0f} MB em tokens")
         # meta.json é apagado antes da troca e gravado por último: um conjunto pela metade não o tem
         (folder / "meta.json").unlink(missing_ok=True)
@@ -381,8 +382,9 @@ def main(arguments=None):
     options = parse_arguments(parser, arguments)
     inputs, encoding = SOURCES.get(options.dataset, (options.url or options.input, "utf-8-sig"))
     options.encoding, options.longest = options.encoding or encoding, 64 * 1024  # em caracteres
+    first = min(glob.glob(str(inputs[0])), default=regex.sub("[?#].*", "", str(inputs[0])))
     options.name = options.name or options.dataset or regex.sub(
-        r"(\.(txt|md|jsonl?|zip|gz))+$", "", Path(urlsplit(str(inputs[0])).path).resolve().name)
+        r"(\.(txt|md|jsonl?|zip|gz))+$", "", Path(first).resolve().name)
     folder = Path("data", options.name)
     if not (257 <= options.vocab_size <= 65_536 and 0 < options.val_fraction < 1):
         parser.error("--vocab_size vai de 257 a 65536, e --val_fraction fica entre 0 e 1")
@@ -406,8 +408,7 @@ def main(arguments=None):
         ranks = train_bpe(Counter(words), options.vocab_size - 1)  # mais o <|endoftext|>
         tokenizer = make_tokenizer("bpe", ranks, {END_OF_TEXT: len(ranks)})
     encoding = build_encoding(tokenizer)
-    documents = read_documents(inputs, options, options.max_mb)
-    splits = write_tokens(folder, documents, limit, encoding)
+    splits = write_tokens(folder, read_documents(inputs, options, options.max_mb), limit, encoding)
     with whole_file(folder / "vocab.tiktoken") as file:
         file.write(tokenizer.pop("vocab").encode())
     meta = {"source": [Path(x).name for x in inputs], "tokenizer": tokenizer, "splits": splits}
@@ -424,8 +425,7 @@ caracteres       {total["characters"]}
 tokens           {total["tokens"]}, de um vocabulário de {encoding.n_vocab}
 bytes por token  {total["bytes"] / total["tokens"]:.2f}
 os mais longos   {"|".join(tokens[:8])}
-um exemplo       {"|".join(tokens[8:])}
-""")
+um exemplo       {"|".join(tokens[8:])}\n""")
     if options.tokenizer == "bpe" and encoding.n_vocab < options.vocab_size:
         print(f"O texto é pequeno: não rendeu os {options.vocab_size} tokens pedidos.")
     if total["markers"] or total["nulls"]:

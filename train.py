@@ -295,7 +295,7 @@ def train(config):
     """Treina até max_iters, ou até um pedido para parar (Ctrl+C, SIGTERM)."""
     # o torchrun diz a cada processo quem ele é; sem ele, há um só
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1 and torch.cuda.is_available():  # cada um na sua placa, antes de tudo
+    if world_size > 1 and torch.cuda.is_available() and config.device != "cpu":  # antes de tudo
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     device = choose_device(config.device)
     if config.gradient_accumulation_steps % world_size:
@@ -428,7 +428,7 @@ def main(arguments=None):
     try:
         train(config)
     except RuntimeError as error:  # na CPU, a falta de memória não tem um tipo de erro só dela
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        if not re.search("(out of|allocate) memory", str(error)):
             raise
         size, times = config.batch_size, config.gradient_accumulation_steps
         less = max((part for part in range(1, size) if size % part == 0), default=1)

@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 DTYPE = choose_dtype(CPU)  # o bfloat16, só onde o chip ganha com ele
 LIMITS = {}  # os da máquina, que machine() mede
 SHAPES = {  # block_size, vocab_size, n_layer, n_head, n_embd
-    "tiny": (128, 4096, 4, 6, 192), "6 × 256": (128, 4096, 6, 8, 256),
+    "tiny": (192, 4096, 4, 4, 128), "6 × 256": (128, 4096, 6, 8, 256),
     "124M": (1024, 50257, 12, 12, 768)}
 
 
@@ -59,6 +59,8 @@ def machine():
         (time_,) = medians(lambda: a @ a)
         LIMITS[dtype] = 2 * 2048**3 / time_
         print(f"matmul {str(dtype)[6:]}: {LIMITS[dtype] / 1e9:.0f} GFLOP/s")
+    if DTYPE == torch.float32:
+        print("este chip não ganha com o bfloat16, e as medidas dele ficam de fora")
     data, vector = torch.ones(2**14, 2**13), torch.ones(2**13)  # 512 MB, mais que qualquer cache
     (time_,) = medians(lambda: data @ vector)
     LIMITS["memory"] = data.nbytes / time_
@@ -88,21 +90,22 @@ def bpe():
     print(f"BPE de 4.096 em 2 MB: {mine:.2f} s; tokenizers {other:.2f} s; razão {mine / other:.2f}")
 
 
-def make_models(shape):
-    """O nosso modelo e o da transformers, com as mesmas medidas."""
+def their_model(shape):
+    """O modelo da transformers, com as medidas do nosso GPT(GPTConfig(*shape))."""
     block_size, vocab_size, n_layer, n_head, n_embd = shape
-    theirs = GPT2Config(n_positions=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
-                        n_embd=n_embd, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-                        eos_token_id=None, bos_token_id=None)
-    return GPT(GPTConfig(*shape)), GPT2LMHeadModel(theirs)
+    return GPT2LMHeadModel(GPT2Config(
+        n_positions=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
+        n_embd=n_embd, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        eos_token_id=None, bos_token_id=None))
 
 
 def training():
     """Um passo com AdamW, na precisão desta máquina, contra a transformers em float32."""
     shape = SHAPES["6 × 256"]
-    ours, theirs = make_models(shape)
+    ours, theirs = GPT(GPTConfig(*shape)), their_model(shape)
     x = torch.randint(shape[1], (16, 128))
-    adamw, muon = (make_optimizers(ours, Config(optimizer=name), DTYPE) for name in ("adamw", "muon"))
+    adamw, muon = (
+        make_optimizers(ours, Config(optimizer=name), DTYPE) for name in ("adamw", "muon"))
     optimizer = torch.optim.AdamW(theirs.parameters(), fused=True)
 
     def step(optimizers):
@@ -131,7 +134,7 @@ def training():
 def sampling():
     """Uma sequência, na precisão desta máquina, contra generate da transformers em float32."""
     for name, shape in SHAPES.items():
-        ours, theirs = make_models(shape)
+        ours, theirs = GPT(GPTConfig(*shape)), their_model(shape)
         ours.to(sampling_dtype(ours, CPU)).eval()
         idx = torch.zeros(1, 8, dtype=torch.long)
         mine, other = medians(
@@ -147,7 +150,7 @@ def sampling():
 
 def flat():
     """O token 1.000 contra o token 100, no modelo de 124M: com o cache, quase o mesmo."""
-    ours, _ = make_models(SHAPES["124M"])
+    ours = GPT(GPTConfig(*SHAPES["124M"]))
     ours.to(sampling_dtype(ours, CPU)).eval()
 
     def tokens_after(length):  # o tempo de 20 tokens, sem o da leitura do começo
@@ -162,7 +165,7 @@ def flat():
 
 def batch():
     """Oito textos de uma vez contra um só, em tokens por segundo."""
-    ours, _ = make_models(SHAPES["tiny"])
+    ours = GPT(GPTConfig(*SHAPES["tiny"]))
     ours.to(sampling_dtype(ours, CPU)).eval()
     one, eight = (torch.zeros(size, 8, dtype=torch.long) for size in (1, 8))
     alone, together = medians(lambda: list(ours.generate(one, 100, 0.8, 20)),
@@ -191,11 +194,10 @@ def start():
 def peak(which):
     """Treina o de 124M com 4 × 256 tokens por passo, e mostra o pico de memória deste processo."""
     dtype, x = getattr(torch, which, torch.float32), torch.randint(50257, (4, 256))
-    ours, theirs = make_models((256, 50257, 12, 12, 768))
-    model, optimizers = ours, make_optimizers(ours, Config(), dtype)
-    if which == "transformers":
-        model, optimizers = theirs, [torch.optim.AdamW(theirs.parameters())]
-    del ours, theirs
+    shape = (256, 50257, 12, 12, 768)
+    model = their_model(shape) if which == "transformers" else GPT(GPTConfig(*shape))
+    optimizers = ([torch.optim.AdamW(model.parameters())] if which == "transformers"
+                  else make_optimizers(model, Config(), dtype))
     for _ in range(2):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             loss = model(x, labels=x).loss if which == "transformers" else model(x, x)[1]
@@ -223,10 +225,12 @@ def agreement(out_dir="out/tiny"):
     encoding, right = build_encoding(tokenizer), defaultdict(list)
 
     def log_probability(start, end):
-        ids, tail = [encoding.eot_token, *encoding.encode_ordinary(start)], encoding.encode_ordinary(end)
+        ids = [encoding.eot_token, *encoding.encode_ordinary(start)]
+        tail = encoding.encode_ordinary(end)
         idx = torch.tensor([ids + tail])
         logits, _ = model(idx, idx)
-        return logits[0, len(ids) - 1 : -1].log_softmax(-1).gather(1, idx[0, len(ids) :, None]).sum()
+        chances = logits[0, len(ids) - 1 : -1].log_softmax(-1)  # (T, V), só as do fim da frase
+        return chances.gather(1, idx[0, len(ids) :, None]).sum()
 
     with open(Path(__file__).with_name("concordancia.csv"), encoding="utf-8") as file:
         for row in csv.DictReader(file):

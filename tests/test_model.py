@@ -29,6 +29,14 @@ def random_tokens(*shape, seed=1):
     return torch.randint(SIZES["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
 
 
+def test_on_a_mac_the_attention_gets_a_contiguous_query(monkeypatch):
+    mac, seen = type("Mac", (torch.Tensor,), {"device": torch.device("mps")}), []
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda q, k, v, **_: seen.append(q.is_contiguous()) or q)
+    make_model().h[0].attn(torch.randn(2, 5, 27).as_subclass(mac))
+    assert seen == [True]
+
+
 # A receita
 @pytest.mark.parametrize("shape, parameters", [
     ((12, 12, 768), 124_439_808), ((24, 16, 1024), 354_823_168), ((36, 20, 1280), 774_030_080),

@@ -5,6 +5,7 @@ Os modelos são gravados pela própria transformers, com pesos sorteados e medid
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,8 +111,8 @@ def test_an_exported_model_writes_there_what_it_writes_here(workdir):
     assert tokenizer.decode(ids, skip_special_tokens=True) + "\n" == here
     rows, end = tokenizer(["a", "b c"], padding=True).input_ids, tokenizer.eos_token_id
     assert (rows[0][0], rows[0][-1], *tokenizer(END_OF_TEXT).input_ids) == (end, end, end, end)
-    assert not tokenizer.clean_up_tokenization_spaces
-    assert tokenizer.decode(tokenizer.encode("viu , e", add_special_tokens=False)) == "viu , e"
+    settings = json.loads(Path("hf/tokenizer_config.json").read_bytes())
+    assert settings["clean_up_tokenization_spaces"] is False  # na transformers 4, o usual é True
 
 
 def test_fine_tuning(workdir):
@@ -132,7 +133,7 @@ def test_fine_tuning(workdir):
     same_logits(tuned, theirs)
 
 
-@pytest.mark.parametrize("name", ["gpt3", "m/arquivo.bin", "a/b/c"])
+@pytest.mark.parametrize("name", ["gpt3", "m/arquivo.bin", "a/b/c", "nada/a.bin", "data/livroz"])
 def test_what_does_not_exist_is_not_asked_of_the_network(name, workdir):
     (workdir / "m").mkdir()
     for line in ("sample.py --init_from", "prepare.py --tokenizer", "train.py --init_from"):
