@@ -123,11 +123,10 @@ def test_fine_tuning(workdir):
     (workdir / "t.txt").write_text(STORIES[:20_000], encoding="utf-8")
     run_main("prepare.py", "--input=t.txt", "--name=contos", "--tokenizer=m", cwd=workdir)
     options += ["--n_embd=36", "--n_layer=3"]
-    assert_short_error(run_main("train.py", *options, cwd=workdir, check=False), "--n_head=3")
-    options += ["--n_head=3"]
-    result = run_main("train.py", *options, "--block_size=99", cwd=workdir, check=False)
-    assert_short_error(result, "--block_size=")
-    run_main("train.py", *options, cwd=workdir)
+    for more, word in (([], "--n_head=3"), (["--n_head=3", "--block_size=99"], "--block_size=")):
+        result = run_main("train.py", *options, *more, cwd=workdir, check=False)
+        assert_short_error(result, word)
+    run_main("train.py", *options, "--n_head=3", cwd=workdir)
     tuned, _ = sample.load_model("out/f/best.pt")
     assert tuned.config.block_size == 16
     same_logits(tuned, theirs)

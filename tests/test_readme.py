@@ -25,21 +25,24 @@ def clone(tmp_path_factory):
     return folder
 
 
+def run_line(line, cwd):
+    """Roda uma linha `python ...` neste processo e devolve o que ela escreve."""
+    program, script, *arguments = shlex.split(line)
+    assert program == "python"
+    if script != "-c":
+        return run_main(script, *arguments, cwd=cwd).stdout
+    with chdir(cwd), redirect_stdout(io.StringIO()) as stdout:
+        exec(arguments[0], {})
+    return stdout.getvalue()
+
+
 def test_tested_commands_print_what_the_readme_shows(clone):
     tested = [(commands, output) for mark, commands, output in BLOCKS if mark]
     assert len(tested) >= 6
     for commands, output in tested:
-        (command,) = commands.splitlines()
-        program, script, *arguments = shlex.split(command)
-        assert program == "python"
-        if script == "-c":
-            with chdir(clone), redirect_stdout(io.StringIO()) as stdout:
-                exec(arguments[0], {})
-            printed = stdout.getvalue()
-        else:
-            printed = run_main(script, *arguments, cwd=clone).stdout
+        printed = run_line(*commands.splitlines(), clone)
         # sem saída ao lado, é a resposta de um exercício, mais adiante
-        assert printed == output or not output and f"`{printed.strip()}`" in TEXT, command
+        assert printed == output or not output and f"`{printed.strip()}`" in TEXT, commands
 
 
 @pytest.mark.parametrize("script", ["prepare.py", "train.py", "sample.py"])
@@ -57,12 +60,12 @@ def test_every_option_and_file_exists(script, tmp_path):
 def test_sample_commands_work_with_a_trained_model(clone):
     run_main("prepare.py", cwd=clone)
     run_main("train.py", "config/tiny.py", "--max_iters=1", "--eval_iters=1", cwd=clone)
-    own = [line for line in COMMANDS if line.startswith("python sample.py")
+    own = [line for line in COMMANDS if re.match(".*load_model|python sample", line)
            and not re.search("--init_from|out/livros", line)]
-    assert len(own) >= 6
+    assert len(own) >= 7
     for line in own:
-        quick = [] if "--attention" in line else ["--max_new_tokens=5"]
-        assert run_main("sample.py", *shlex.split(line)[2:], *quick, cwd=clone).stdout, line
+        quick = " --max_new_tokens=5" if "--start" in line else ""
+        assert run_line(line + quick, clone), line
     assert (clone / "out/atencao.svg").stat().st_size > 10_000
 
 

@@ -336,10 +336,9 @@ def test_it_learns_and_says_what_it_does(workdir):
     assert abs(losses[0] - math.log(400)) < 0.2 and losses[-1] < losses[0] - 0.8
     last, best = (read_checkpoint(workdir / "out/t" / name) for name in ("last.pt", "best.pt"))
     assert best["val_loss"] == pytest.approx(min(losses), abs=1e-4) and "optimizers" not in best
-    assert "Atenção" not in output
+    assert "Atenção" not in output and last["step"] == 60
     output = run_toy(workdir, "--max_iters=2", "--sample_prompt=cafe\u0301\udce9", out="out/u").stdout
     assert "Atenção" in output and "caf\u00e9?" in output
-    assert last["step"] == 60
 
 
 def test_best_stays_the_best_when_later_losses_are_worse(workdir, monkeypatch):

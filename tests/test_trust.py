@@ -212,8 +212,7 @@ def test_two_processes_train_as_one(workdir, monkeypatch):
     options = ["--max_iters=12", "--eval_interval=4", "--gradient_accumulation_steps=4", "--dropout=0.1",
                "--grad_clip=0", "--optimizer=muon", "--eval_iters=9"]
     result, output = finish(start(workdir, *options, out="out/dois", command=TWO))
-    assert result == 0, output
-    assert "2 × cpu" in output and output.count("passo 12/12") == 1
+    assert result == 0 and "2 × cpu" in output and output.count("passo 12/12") == 1, output
     run_toy(workdir, *options, out="out/um")
     one, two = (read(f"out/{name}/last.pt") for name in ("um", "dois"))
     for a, b in zip(log_rows(workdir / "out/um")[1:], log_rows(workdir / "out/dois")[1:]):
