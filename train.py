@@ -106,7 +106,7 @@ def read_config_line(line):
 class Tokens:
     """Os tokens de um .bin, lidos do disco conforme a necessidade (np.memmap), em janelas: cada uma
     começa onde começa um documento, como os textos que o modelo vai escrever; um que seja maior que
-    block_size continua em outras."""
+    block_size continua em outras, que começam em qualquer lugar dele."""
 
     def __init__(self, path, split, end, block_size, seed=0):  # end: o número do <|endoftext|>
         size = path.stat().st_size if path.exists() else 0
@@ -117,13 +117,13 @@ class Tokens:
         self.end, self.block_size, self.seed = end, block_size, seed
         self.count = len(self.tokens) // block_size  # quantas janelas há numa volta (epoch)
 
-    def window(self, place):
+    def window(self, place, back=0):
         """Onde começa a janela que tem um lugar do texto: no <|endoftext|> antes do documento (o do
-        primeiro é o fim do arquivo, -1), ou daí adiante, de block_size em block_size."""
+        primeiro é o fim do arquivo, -1) ou, se ele fica longe, `back` tokens antes do lugar."""
         first = max(0, place - 2**16)  # basta: prepare.py corta os documentos em 2**16 caracteres
         ends = np.flatnonzero(self.tokens[first : place + 1] == self.end)
         document = first + int(ends[-1]) if len(ends) else first - 1
-        return document + (place - document) // self.block_size * self.block_size
+        return document if place - document < self.block_size else place - back
 
     @lru_cache(maxsize=2)
     def places(self, epoch):
@@ -135,7 +135,7 @@ class Tokens:
         """O batch de número `number`: x e y, ambos (B, T). Só depende da semente e do número."""
         sequences = range(number * batch_size, (number + 1) * batch_size)
         places = [self.places(s // self.count)[s % self.count] for s in sequences]
-        return self.read([self.window(int(place)) for place in places])
+        return self.read([self.window(int(place), self.block_size // 2) for place in places])
 
     def fixed_batches(self, batch_size, most):
         """Os batches da avaliação: cada token conta uma vez; num texto grande, `most` batches."""
