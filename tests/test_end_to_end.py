@@ -7,7 +7,7 @@ from conftest import ROOT, run_script
 
 def test_from_text_to_text(tmp_path):
     assert "data/contos" in run_script("prepare.py", cwd=tmp_path).stdout
-    output = run_script("train.py", ROOT / "config" / "tiny.py", "--max_iters=20", "--eval_interval=10",
+    output = run_script("train.py", ROOT / "config/tiny.py", "--max_iters=20", "--eval_interval=10",
                         "--warmup_iters=5", "--eval_iters=2", cwd=tmp_path).stdout
     assert "parâmetros" in output and "python sample.py --out_dir=out/tiny" in output
     with open(tmp_path / "out/tiny/log.csv", encoding="utf-8") as file:

@@ -11,7 +11,7 @@ from conftest import ROOT, chdir, run_main
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 # (marcado como testado?, os comandos, a saída que o README mostra)
-BLOCKS = re.findall(r"(<!-- testado -->\n)?```sh\n(.*?)```\n(?:```text\n(.*?)```)?", TEXT, re.DOTALL)
+BLOCKS = re.findall(r"(?s)(<!-- testado -->\n)?```sh\n(.*?)```\n(?:```text\n(.*?)```)?", TEXT)
 COMMANDS = [line for _, commands, _ in BLOCKS for line in commands.splitlines()]
 
 

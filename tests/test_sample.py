@@ -1,8 +1,6 @@
 """sample.py: o texto que sai, letra por letra, a atenção que se vê, e os erros."""
 
-import io
 import os
-import sys
 import unicodedata
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -104,13 +102,6 @@ def test_a_checkpoint_is_all_it_needs_and_the_newest_is_used(trained, tmp_path):
     for name in ("velho", "outro"):  # um está danificado, e o outro não existe
         result = run_main("sample.py", f"--out_dir=out/{name}", cwd=tmp_path, check=False)
         assert_short_error(result, f"{name}/best.pt")
-
-
-def test_without_a_terminal_of_its_own(trained, monkeypatch):
-    monkeypatch.chdir(trained)
-    monkeypatch.setattr(sys, "stdout", io.StringIO())  # como num notebook
-    prepare.run(lambda: sample.main(["--out_dir=out/a", "--start=Era", "--max_new_tokens=3"]))
-    assert sys.stdout.getvalue().startswith("Era")
 
 
 @pytest.mark.parametrize("option, word", [

@@ -149,7 +149,8 @@ def test_orthogonalize_evens_out_the_singular_values(shape):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_each_weight_has_one_optimizer_and_only_matrices_decay(optimizer):
     model = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=2, n_head=2, n_embd=8))
-    optimizers = make_optimizers(model, Config(optimizer=optimizer, weight_decay=0.3), torch.float32)
+    config = Config(optimizer=optimizer, weight_decay=0.3)
+    optimizers = make_optimizers(model, config, torch.float32)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     seen = [p for group in groups for p in group["params"]]
     assert sorted(map(id, seen)) == sorted(map(id, model.parameters()))
@@ -172,8 +173,8 @@ def test_learning_rate_rises_and_falls():
 def test_micro_batches_equal_one_large_batch(workdir, optimizer):
     results = []
     for batch_size, accumulation in ((8, 1), (2, 4), (1, 8)):
-        run_toy(workdir, f"--batch_size={batch_size}", f"--gradient_accumulation_steps={accumulation}",
-                f"--optimizer={optimizer}", "--max_iters=3", out=f"out/{batch_size}")
+        run_toy(workdir, f"--batch_size={batch_size}", f"--optimizer={optimizer}", "--max_iters=3",
+                f"--gradient_accumulation_steps={accumulation}", out=f"out/{batch_size}")
         results.append(read(workdir / f"out/{batch_size}/last.pt"))
     for other in results[1:]:
         for name, weight in results[0]["model"].items():
@@ -241,7 +242,7 @@ def test_the_precision_may_change_between_two_runs(workdir, monkeypatch):
 
 def test_config_file_then_command_line(tmp_path):
     path = tmp_path / "meu.py"
-    path.write_text("\ufeffn_layer = 3  # comentário\n\nlearning_rate = 1\nbias = False\ndataset = 'a b'\n")
+    path.write_text("\ufeffn_layer = 3  # é\n\nlearning_rate = 1\nbias = False\ndataset = 'a b'\n")
     config = read_options([str(path), "--n_layer=5", "--dropout", "0.5", "--compile=False"])
     assert (config.n_layer, config.dropout, config.learning_rate) == (5, 0.5, 1.0)
     assert (config.bias, config.compile, config.dataset) == (False, False, "a b")
@@ -256,13 +257,13 @@ def test_config_file_then_command_line(tmp_path):
     ("n_layer = 2\nn_layr = 3\n", ["--n_layr=3", "Seria --n_layer?"]),
     ("n_layer = 'três'\n", ["--n_layer", "'três' não é do tipo int"]),
     ("n_layer = 2.0\n", ["--n_layer", "int"]), ("n_layer = True\n", ["--n_layer", "int"]),
-    ("compile = 1\n", ["compile = '1'"]), ("n_layer = 3\nimport os\n", ["import os", "n_layer = 4"]),
+    ("n_layer = 3\nimport os\n", ["import os", "n_layer = 4"]), ("compile = 1\n", ["compile"]),
     ("n_layer = __import__('os').system('touch invadido')\n", ["só cabem linhas"]),
     ("n_layer, n_head = 3, 4\n", ["só cabem linhas"]), ("n_layer == \n", ["só cabem linhas"]),
-    ("n_head = 3\nn_embd = 16\n", ["n_embd = 16", "n_head = 3"]), ("n_layer = 0\n", ["n_layer = 0"]),
+    ("n_head = 3\nn_embd = 16\n", ["n_embd = 16", "n_head = 3"]), ("n_layer = 0\n", ["n_layer"]),
     ("learning_rate = -1.0\n", ["learning_rate"]), ("dropout = 1.0\n", ["dropout"]),
     ("optimizer = 'sgd'\n", ["sgd"]), ("dtype = 'int8'\n", ["int8"]), ("device = 'gpu'\n", ["gpu"]),
-    ("block_size = 100_000\n", ["100000", "train.bin"]), ("dataset = 'outro'\n", ["outro", "prepare.py"]),
+    ("block_size = 100_000\n", ["100000", "train.bin"]), ("dataset = 'outro'\n", ["outro"]),
     ("learning_rate = 1e-6\nmin_lr = 3e-6\n", ["3e-06", "1e-06"])])
 def test_bad_config_file(content, words, workdir):
     (workdir / "ruim.py").write_text(content, encoding="utf-8")
@@ -271,9 +272,9 @@ def test_bad_config_file(content, words, workdir):
 
 
 @pytest.mark.parametrize("argument, words", [
-    ("--batchsize=3", ["--batchsize", "Seria --batch_size?"]), ("--bias", ["--bias", "falta o valor"]),
-    ("--batch_size=dois", ["--batch_size", "'dois'", "int"]), ("--bias=sim", ["bias", "'sim'"]), ("--bias=", ["bias"]),
-    ("config/nada.py", ["config/nada.py"])])
+    ("--batchsize=3", ["--batchsize", "Seria --batch_size?"]), ("--bias", ["falta o valor"]),
+    ("--batch_size=dois", ["--batch_size", "'dois'", "int"]), ("--bias=sim", ["bias", "'sim'"]),
+    ("--bias=", ["bias"]), ("config/nada.py", ["config/nada.py"])])
 def test_bad_command_line(argument, words, workdir):
     assert_short_error(run_main("train.py", argument, cwd=workdir, check=False), *words)
 
@@ -307,7 +308,8 @@ def test_evaluation_by_hand(workdir):
     run_toy(workdir, "--max_iters=1", "--eval_iters=1000", "--batch_size=7")
     best = read_checkpoint("out/t/best.pt")
     meta, tokenizer = prepare.read_meta(Path("data/contos"))
-    val, encoding = np.fromfile("data/contos/val.bin", "<u2").tolist(), prepare.build_encoding(tokenizer)
+    val = np.fromfile("data/contos/val.bin", "<u2").tolist()
+    encoding = prepare.build_encoding(tokenizer)
     total, document = 0.0, [399]
     for token in val:
         document.append(token)
@@ -326,8 +328,8 @@ def test_evaluation_by_hand(workdir):
 def test_it_learns_and_says_what_it_does(workdir):
     output = run_toy(workdir, "--max_iters=60", "--eval_interval=30", "--optimizer=muon",
                      "--bias=False").stdout
-    for words in ("1 × cpu, contas em float32", "parâmetros", "quem chuta tem loss 5.99", "tokens/s",
-                  "faltam", "bits por byte", "    O gato", "a loss de validação: █", "python sample.py"):
+    for words in ("1 × cpu, contas em float32", "parâmetros", "quem chuta tem loss 5.99", "faltam",
+                  "tokens/s", "bits por byte", "    O gato", "validação: █", "python sample.py"):
         assert words in output
     rows = log_rows(workdir / "out/t")
     assert rows[0] == ["step", "tokens", "lr_factor", "train_loss", "val_loss", "val_bpb"]
@@ -337,8 +339,8 @@ def test_it_learns_and_says_what_it_does(workdir):
     last, best = (read_checkpoint(workdir / "out/t" / name) for name in ("last.pt", "best.pt"))
     assert best["val_loss"] == pytest.approx(min(losses), abs=1e-4) and "optimizers" not in best
     assert "Atenção" not in output and last["step"] == 60
-    output = run_toy(workdir, "--max_iters=2", "--sample_prompt=cafe\u0301\udce9", out="out/u").stdout
-    assert "Atenção" in output and "caf\u00e9?" in output
+    output = run_toy(workdir, "--max_iters=2", "--sample_prompt=e\u0301\udce9", out="out/u").stdout
+    assert "Atenção" in output and "    \u00e9?" in output
 
 
 def test_best_stays_the_best_when_later_losses_are_worse(workdir, monkeypatch):
@@ -352,7 +354,8 @@ def test_best_stays_the_best_when_later_losses_are_worse(workdir, monkeypatch):
 def test_progress_is_one_moving_line_in_a_terminal(workdir):
     reader, writer = pty.openpty()
     command = [sys.executable, ROOT / "train.py", *TOY, "--max_iters=20", "--log_interval=1"]
-    process = subprocess.Popen(command, cwd=workdir, stdout=writer, stderr=writer, stdin=subprocess.DEVNULL)
+    streams = {"stdin": subprocess.DEVNULL, "stdout": writer, "stderr": writer}
+    process = subprocess.Popen(command, cwd=workdir, **streams)
     os.close(writer)
     output = b""
     try:
@@ -398,7 +401,7 @@ def test_compiling_falls_back_to_the_model_itself(workdir, monkeypatch):
 
 
 @pytest.mark.parametrize("options, words", [
-    (["--batch_size=12", "--gradient_accumulation_steps=2"], ["=6", "--gradient_accumulation_steps=4"]),
+    (["--batch_size=12", "--gradient_accumulation_steps=2"], ["=6", "accumulation_steps=4"]),
     (["--batch_size=9"], ["--batch_size=3", "--gradient_accumulation_steps=3"])])
 def test_out_of_memory_says_what_to_use_instead(workdir, monkeypatch, options, words):
     def fault(error):

