@@ -142,6 +142,7 @@ class GPT(nn.Module):
                              f"{config.n_head}: cada cabeça leva uma fatia igual do vetor.")
         self.config, C = config, config.n_embd
         with torch.device("meta"):  # só as formas: os valores vêm logo abaixo
+            # (from_pretrained não sorteia: um sorteio em meta importa muito mais do torch, 1,4 s)
             wte, wpe = torch.empty(config.vocab_size, C), torch.empty(config.block_size, C)
             self.wte = nn.Embedding.from_pretrained(wte, freeze=False)  # o vetor de cada token
             self.wpe = nn.Embedding.from_pretrained(wpe, freeze=False)  # o vetor de cada posição

@@ -375,7 +375,7 @@ def train(config):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: asked.fill_(number))
     while True:
-        stop = asked.clone()  # um pedido que chega durante a conta abaixo fica para o outro passo
+        stop = asked.clone()  # um pedido que chega durante a conta abaixo fica para o próximo passo
         if world_size > 1:  # basta um processo receber o pedido
             distributed.all_reduce(stop, distributed.ReduceOp.MAX)
         ending, known = bool(stop) or step >= config.max_iters, step in [row[0] for row in log]

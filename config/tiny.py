@@ -5,7 +5,7 @@
 # o modelo: 1,3 milhão de parâmetros
 n_layer = 4  # quatro blocos bastam para a gramática; seis mais estreitos deram quase o mesmo
 n_embd = 128  # com 192 aprende mais por passo, mas cada passo demora mais: no mesmo tempo, empatam
-n_head = 4  # cabeças de 32 canais; com 16, mais bits por byte e menos coerência
+n_head = 4  # cabeças de 32 canais; com 16, menos coerência
 block_size = 192  # uma história inteira, quase sempre; com 128, menos coerência
 
 # um passo
