@@ -173,7 +173,9 @@ class Muon(torch.optim.Optimizer):
                 # a média dos gradientes recentes, e um passo adiante dela (momento de Nesterov)
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 0.05)
-                update = orthogonalize(p.grad.lerp(momentum, 0.95).to(self.dtype))
+                update = p.grad.lerp(momentum, 0.95).to(self.dtype)
+                parts = 3 if p.size(0) == 3 * p.size(1) else 1  # c_attn são três: a de q, k e v
+                update = orthogonalize(update.view(parts, -1, p.size(1))).reshape(p.shape)
                 scale = max(1, p.size(0) / p.size(1)) ** 0.5  # mais linhas que colunas: passo maior
                 p.mul_(1 - settings["lr"] * settings["weight_decay"])
                 p.add_(update, alpha=-settings["lr"] * scale)
@@ -184,15 +186,15 @@ class Muon(torch.optim.Optimizer):
 NEWTON_SCHULZ = ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
 
 
-def orthogonalize(matrix):
+def orthogonalize(x):  # (n, linhas, colunas): n matrizes, cada uma por si
     """Leva os valores singulares a perto de 1: um polinômio ímpar da matriz age em cada um."""
-    tall = matrix.size(0) > matrix.size(1)
-    x = (matrix.T if tall else matrix) / (matrix.norm() + 1e-7)  # deitada, x @ x.T é menor
+    tall = x.size(1) > x.size(2)
+    x = (x.mT if tall else x) / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # deitada, custa menos
     for a, b, c in NEWTON_SCHULZ:
-        square = x @ x.T
-        square = torch.addmm(square, square, square, beta=b, alpha=c)  # b·x·xᵀ + c·(x·xᵀ)²
-        x = torch.addmm(x, square, x, beta=a)  # a·x + (b·x·xᵀ + c·(x·xᵀ)²)·x
-    return x.T if tall else x
+        square = x @ x.mT
+        square = torch.baddbmm(square, square, square, beta=b, alpha=c)  # b·x·xᵀ + c·(x·xᵀ)²
+        x = torch.baddbmm(x, square, x, beta=a)  # a·x + (b·x·xᵀ + c·(x·xᵀ)²)·x
+    return x.mT if tall else x
 
 
 def make_optimizers(model, config, dtype):
@@ -210,12 +212,12 @@ def make_optimizers(model, config, dtype):
 
 
 def lr_factor(step, config):
-    """A fração das taxas a usar num passo: sobe até 1 em linha reta e desce em curva de cosseno."""
+    """A fração das taxas a usar num passo: sobe até 1 e desce, sempre em linha reta."""
     if step < config.warmup_iters:
         return (step + 1) / (config.warmup_iters + 1)
     progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
     lowest = config.min_lr / (config.learning_rate or 1)
-    return lowest + (1 - lowest) * (1 + math.cos(math.pi * progress)) / 2
+    return 1 - (1 - lowest) * progress
 
 
 def train_step(step, loss_of, data, optimizers, scaler, config, rank, world_size):
@@ -416,9 +418,7 @@ def train(config):
     if stop:
         print(f"\nParei no passo {step}, guardado em {out}/last.pt. A mesma linha continua daqui.")
         sys.exit(128 + int(stop))
-    low, high = (extreme(row[5] for row in log) for extreme in (min, max))
-    curve = "".join("▁▂▃▄▅▆▇█"[round(7 * (row[5] - low) / (high - low or 1))] for row in log)
-    print(f"\nO treino terminou, com {step} passos; a loss de validação: {curve}\n"
+    print(f"\nO treino terminou, com {step} passos.\n"
           "Veja o que o modelo escreve (ou treine mais, com um max_iters maior):\n"
           f'    python sample.py --out_dir={out} --start "{config.sample_prompt}"')
 
