@@ -174,7 +174,7 @@ class Muon(torch.optim.Optimizer):
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 0.05)
                 update = p.grad.lerp(momentum, 0.95).to(self.dtype)
-                parts = 3 if p.size(0) == 3 * p.size(1) else 1  # c_attn são três: a de q, k e v
+                parts = 3 if p.size(0) == 3 * p.size(1) else 1  # c_attn junta três: q, k e v
                 update = orthogonalize(update.reshape(parts, -1, p.size(1))).reshape(p.shape)
                 scale = max(1, p.size(0) / p.size(1)) ** 0.5  # mais linhas que colunas: passo maior
                 p.mul_(1 - settings["lr"] * settings["weight_decay"])
