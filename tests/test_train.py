@@ -257,14 +257,14 @@ def test_config_file_then_command_line(tmp_path):
     ("n_layer = 2\nn_layr = 3\n", ["--n_layr=3", "Seria --n_layer?"]),
     ("n_layer = 'três'\n", ["--n_layer", "'três' não é do tipo int"]),
     ("n_layer = 2.0\n", ["--n_layer", "int"]), ("n_layer = True\n", ["--n_layer", "int"]),
-    ("n_layer = 3\nimport os\n", ["import os", "n_layer = 4"]), ("compile = 1\n", ["compile"]),
+    ("n_layer = 3\nimport os\n", ["import os", "n_layer = 4"]), ("device = 'gpu'\n", ["gpu"]),
     ("n_layer = __import__('os').system('touch invadido')\n", ["só cabem linhas"]),
     ("n_layer, n_head = 3, 4\n", ["só cabem linhas"]), ("n_layer == \n", ["só cabem linhas"]),
-    ("n_head = 3\nn_embd = 16\n", ["n_embd = 16", "n_head = 3"]), ("n_layer = 0\n", ["n_layer"]),
-    ("learning_rate = -1.0\n", ["learning_rate"]), ("dropout = 1.0\n", ["dropout"]),
-    ("optimizer = 'sgd'\n", ["sgd"]), ("dtype = 'int8'\n", ["int8"]), ("device = 'gpu'\n", ["gpu"]),
-    ("block_size = 100_000\n", ["100000", "train.bin"]), ("dataset = 'outro'\n", ["outro"]),
-    ("learning_rate = 1e-6\nmin_lr = 3e-6\n", ["3e-06", "1e-06"])])
+    ("n_head = 3\nn_embd = 16\n", ["n_embd = 16", "n_head = 3"]), ("dropout = 1.0\n", ["dropout"]),
+    ("learning_rate = -1.0\n", ["learning_rate"]), ("dataset = 'outro'\n", ["outro", "prepare.py"]),
+    ("compile = 1\n", ["compile = '1'"]), ("optimizer = 'sgd'\n", ["sgd"]),
+    ("block_size = 100_000\n", ["100000", "train.bin"]), ("n_layer = 0\n", ["n_layer = 0"]),
+    ("dtype = 'int8'\n", ["int8"]), ("learning_rate = 1e-6\nmin_lr = 3e-6\n", ["3e-06", "1e-06"])])
 def test_bad_config_file(content, words, workdir):
     (workdir / "ruim.py").write_text(content, encoding="utf-8")
     assert_short_error(run_main("train.py", "ruim.py", cwd=workdir, check=False), *words)
@@ -272,9 +272,9 @@ def test_bad_config_file(content, words, workdir):
 
 
 @pytest.mark.parametrize("argument, words", [
-    ("--batchsize=3", ["--batchsize", "Seria --batch_size?"]), ("--bias", ["falta o valor"]),
-    ("--batch_size=dois", ["--batch_size", "'dois'", "int"]), ("--bias=sim", ["bias", "'sim'"]),
-    ("--bias=", ["bias"]), ("config/nada.py", ["config/nada.py"])])
+    ("--batchsize=3", ["--batchsize", "Seria --batch_size?"]), ("--bias=sim", ["bias", "'sim'"]),
+    ("--batch_size=dois", ["--batch_size", "'dois'", "int"]), ("--bias=", ["bias"]),
+    ("--bias", ["--bias", "falta o valor"]), ("config/nada.py", ["config/nada.py"])])
 def test_bad_command_line(argument, words, workdir):
     assert_short_error(run_main("train.py", argument, cwd=workdir, check=False), *words)
 
@@ -401,7 +401,7 @@ def test_compiling_falls_back_to_the_model_itself(workdir, monkeypatch):
 
 
 @pytest.mark.parametrize("options, words", [
-    (["--batch_size=12", "--gradient_accumulation_steps=2"], ["=6", "accumulation_steps=4"]),
+    (["--batch_size=12", "--gradient_accumulation_steps=2"], ["=6", "_accumulation_steps=4"]),
     (["--batch_size=9"], ["--batch_size=3", "--gradient_accumulation_steps=3"])])
 def test_out_of_memory_says_what_to_use_instead(workdir, monkeypatch, options, words):
     def fault(error):

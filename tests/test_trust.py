@@ -99,7 +99,7 @@ def test_asked_to_stop_it_saves_and_continues_exactly(workdir, options, number, 
     process.send_signal(number)
     result, output = finish(process)
     assert result == code
-    assert re.search(r"Parei no passo \d+, guardado em out/t/last.pt. A mesma linha", output)
+    assert re.search(r"Parei no passo \d+, guardado em out/t/last.pt. A mesma linha cont", output)
     stopped = read("out/t/last.pt")["step"]
     assert 10 <= stopped < 90
     output = run_toy(workdir, *LONG, *options).stdout
@@ -129,7 +129,7 @@ def test_killed_three_times_it_loses_little_and_ends_the_same(workdir):
 def test_two_runs_in_the_same_folder(workdir):
     first = start(workdir, "--max_iters=100000")
     wait_for_step(first, 3)
-    assert_short_error(run_toy(workdir, "--max_iters=5", check=False), "Outro treino", "out/t")
+    assert_short_error(run_toy(workdir, "--max_iters=5", check=False), "Outro treino está usando")
     first.kill()
     first.wait()
     run_toy(workdir, "--max_iters=1")
